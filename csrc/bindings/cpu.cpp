@@ -1,0 +1,235 @@
+// The module fastmerge._cpu: pointers and sizes in, nothing out but numbers. Checks only what would crash.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "cpu/api.h"
+#include "fastmerge/consensus.h"
+#include "fastmerge/philox.h"
+#include "fastmerge/sparsify.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using fastmerge::cpu::Array;
+using fastmerge::cpu::ConsensusArgs;
+using fastmerge::cpu::Models;
+using fastmerge::cpu::Rule;
+using fastmerge::cpu::Shard;
+using fastmerge::cpu::Stream;
+
+// (address, dtype code): 0 float32, 1 bfloat16, 2 float16
+using Ref = std::pair<uintptr_t, int>;
+
+Array array(const Ref& ref) {
+    if (ref.second < 0 || ref.second > 2) throw std::invalid_argument("dtype code out of range");
+    return {reinterpret_cast<const void*>(ref.first), ref.second};
+}
+
+int64_t* numbers(uintptr_t address) { return reinterpret_cast<int64_t*>(address); }
+
+void need(bool condition, const char* what) {
+    if (!condition) throw std::invalid_argument(what);
+}
+
+struct Inputs {
+    std::vector<Array> arrays;
+    Models models;
+
+    Inputs(const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, int compute) {
+        need(!tensors.empty(), "at least one model is needed");
+        need(compute >= 0 && compute <= 2, "compute dtype code out of range");
+        for (const Ref& ref : tensors) arrays.push_back(array(ref));
+        models.base = subtract ? array(base) : Array{nullptr, 0};
+        models.models = arrays.data();
+        models.count = static_cast<int32_t>(arrays.size());
+        models.compute = compute;
+        models.numel = numel;
+    }
+    Inputs(const Inputs&) = delete;
+    Inputs& operator=(const Inputs&) = delete;
+};
+
+struct RuleArgs {
+    int method;
+    uintptr_t bounds, ties_before;
+    std::vector<double> density, epsilon;
+    int64_t row_length;
+    uint64_t seed, tensor_id;
+    std::vector<int64_t> positions;
+    uint64_t offset;
+};
+
+struct Rules {
+    std::vector<Stream> streams;
+    Rule rule;
+
+    Rules(const RuleArgs& args, const Models& models) {
+        size_t n = static_cast<size_t>(models.count);
+        need(args.method >= 0 && args.method <= 3, "sparsify method out of range");
+        rule = Rule{};
+        rule.method = args.method;
+        rule.blocks = fastmerge::cpu::tie_blocks(models.numel);
+        rule.offset = args.offset;
+        rule.row_length = args.row_length;
+        if (args.method == fastmerge::kBand) {
+            need(args.bounds != 0 && args.ties_before != 0, "bounds and ties_before are needed for a band");
+            rule.bounds = numbers(args.bounds);
+            rule.ties_before = numbers(args.ties_before);
+        } else if (args.method != fastmerge::kKeepAll) {
+            need(args.density.size() == n && args.positions.size() == n, "one density and position per model is needed");
+            rule.density = args.density.data();
+            uint32_t purpose = args.method == fastmerge::kDella ? fastmerge::kStreamDella : fastmerge::kStreamBernoulli;
+            for (int64_t position : args.positions) {
+                uint32_t id = fastmerge::stream_id(purpose, 0, static_cast<uint32_t>(position));
+                fastmerge::PhiloxStream s = fastmerge::philox_stream(args.seed, args.tensor_id, id);
+                streams.push_back({s.k0, s.k1, s.c2, s.c3});
+            }
+            rule.streams = streams.data();
+        }
+        if (args.method == fastmerge::kDella) {
+            need(args.epsilon.size() == n, "one epsilon per model is needed");
+            need(args.row_length > 0 && models.numel % args.row_length == 0, "a chunk must hold whole rows");
+            rule.epsilon = args.epsilon.data();
+        }
+    }
+    Rules(const Rules&) = delete;
+    Rules& operator=(const Rules&) = delete;
+};
+
+std::vector<Shard> shards_of(const std::vector<std::pair<Ref, int64_t>>& shards) {
+    std::vector<Shard> result;
+    for (const auto& shard : shards) result.push_back({array(shard.first), shard.second});
+    return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    using release = py::call_guard<py::gil_scoped_release>;
+    m.doc() = "CPU kernels of fastmerge, one copy per instruction set. Use fastmerge.ops instead.";
+    m.attr("TIE_BLOCK") = fastmerge::cpu::kTieBlock;
+
+    m.def("isa", &fastmerge::cpu::isa, "The instruction set in use.");
+    m.def("isas", &fastmerge::cpu::supported_isas, "Those that this build carries and this processor runs.");
+    m.def("set_isa", &fastmerge::cpu::set_isa, "Chooses one; False where it is not supported here.");
+    m.def("threads", &fastmerge::cpu::threads);
+    m.def("set_threads", &fastmerge::cpu::set_threads, "Call it while no operation runs.");
+
+    py::class_<RuleArgs>(m, "Rule").def(
+        py::init([](int method, uintptr_t bounds, uintptr_t ties_before, std::vector<double> density,
+                    std::vector<double> epsilon, int64_t row_length, uint64_t seed, uint64_t tensor_id,
+                    std::vector<int64_t> positions, uint64_t offset) {
+            return RuleArgs{method, bounds,    ties_before,          std::move(density), std::move(epsilon), row_length,
+                            seed,   tensor_id, std::move(positions), offset};
+        }));
+
+    m.def(
+        "abs_histogram",
+        [](const std::vector<std::pair<Ref, int64_t>>& shards, int bins, uintptr_t out) {
+            need(bins > 0 && bins <= 32768, "bins out of range");
+            fastmerge::cpu::abs_histogram(shards_of(shards), bins, numbers(out));
+        },
+        release());
+    m.def(
+        "kth_key",
+        [](const std::vector<std::pair<Ref, int64_t>>& shards, int64_t k) {
+            int64_t total = 0;
+            for (const auto& shard : shards) total += shard.second;
+            need(k >= 1 && k <= total, "k out of range");
+            return fastmerge::cpu::kth_key(shards_of(shards), k);
+        },
+        release());
+    m.def(
+        "magnitude_bounds",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, int compute,
+           const std::vector<int64_t>& first, const std::vector<int64_t>& last, uintptr_t bounds, uintptr_t ties_before) {
+            Inputs inputs(base, subtract, tensors, numel, compute);
+            need(first.size() == tensors.size() && last.size() == tensors.size(), "one rank per model is needed");
+            fastmerge::cpu::magnitude_bounds(inputs.models, first.data(), last.data(), numbers(bounds),
+                                             numbers(ties_before));
+        },
+        release());
+    m.def(
+        "key_histogram",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, int compute,
+           const std::vector<int64_t>& prefix, uintptr_t out) {
+            Inputs inputs(base, subtract, tensors, numel, compute);
+            need(prefix.size() == tensors.size(), "one prefix per model is needed");
+            fastmerge::cpu::key_histogram(inputs.models, prefix.data(), numbers(out));
+        },
+        release());
+    m.def(
+        "tie_counts",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, int compute,
+           uintptr_t bounds, uintptr_t out) {
+            Inputs inputs(base, subtract, tensors, numel, compute);
+            fastmerge::cpu::tie_counts(inputs.models, numbers(bounds), numbers(out));
+        },
+        release());
+    m.def(
+        "topk_mask",
+        [](const Ref& x, int64_t numel, const RuleArgs& args, uintptr_t out) {
+            Inputs inputs(x, false, {x}, numel, 0);
+            Rules rules(args, inputs.models);
+            need(args.method == fastmerge::kBand, "a mask needs a band");
+            fastmerge::cpu::topk_mask(inputs.models, rules.rule, reinterpret_cast<uint8_t*>(out));
+        },
+        release());
+    m.def(
+        "count_nonfinite",
+        [](const Ref& x, int64_t numel, uintptr_t out) {
+            fastmerge::cpu::count_nonfinite(array(x), numel, numbers(out));
+        },
+        release());
+    m.def(
+        "zero_nonfinite",
+        [](const Ref& x, int64_t numel) {
+            fastmerge::cpu::zero_nonfinite(reinterpret_cast<void*>(x.first), x.second, numel);
+        },
+        release());
+    m.def(
+        "l1_sums",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, int compute,
+           const RuleArgs& args, uintptr_t out) {
+            Inputs inputs(base, subtract, tensors, numel, compute);
+            Rules rules(args, inputs.models);
+            fastmerge::cpu::l1_sums(inputs.models, rules.rule, numbers(out));
+        },
+        release());
+    m.def(
+        "consensus_apply",
+        [](const Ref& base, bool subtract, bool add, const std::vector<Ref>& tensors, int64_t numel, int compute,
+           const RuleArgs& args, const std::vector<float>& weights, const std::vector<float>& scales, int election,
+           float zero_sign, int divisor, float divisor_value, float lambda, const Ref& out) {
+            Inputs inputs(base, subtract, tensors, numel, compute);
+            Rules rules(args, inputs.models);
+            need(weights.size() == tensors.size() && scales.size() == tensors.size(),
+                 "one weight and scale per model is needed");
+            Array target = array(out);
+            ConsensusArgs call{};
+            call.models = inputs.models;
+            call.rule = rules.rule;
+            call.base = add ? array(base) : Array{nullptr, 0};
+            call.weights = weights.data();
+            call.scales = scales.data();
+            call.election = election;
+            call.zero_sign = zero_sign;
+            call.divisor = divisor;
+            call.divisor_value = divisor_value;
+            call.lambda = lambda;
+            call.out = reinterpret_cast<void*>(out.first);
+            call.out_dtype = target.dtype;
+            fastmerge::cpu::consensus_apply(call);
+        },
+        release());
+    m.def(
+        "random_words",
+        [](uint64_t seed, uint64_t tensor_id, uint32_t stream, uint64_t first, int64_t count, uintptr_t out) {
+            fastmerge::PhiloxStream s = fastmerge::philox_stream(seed, tensor_id, stream);
+            fastmerge::cpu::random_words({s.k0, s.k1, s.c2, s.c3}, first, count, reinterpret_cast<uint32_t*>(out));
+        },
+        release());
+}

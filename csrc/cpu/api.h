@@ -1,0 +1,50 @@
+// What the CPU backend offers to the bindings: whole operations, on raw pointers, with their own threads.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace fastmerge {
+namespace cpu {
+
+// Instruction sets: which this build carries and this processor runs, fastest first; and which is in use.
+std::vector<std::string> supported_isas();
+std::string isa();
+bool set_isa(const std::string& name);
+const Kernels& kernels();
+
+int threads();
+void set_threads(int count);
+
+struct Shard {
+    Array array;
+    int64_t numel;
+};
+
+// select
+void abs_histogram(const std::vector<Shard>& shards, int bins, int64_t* out);
+uint32_t kth_key(const std::vector<Shard>& shards, int64_t k);
+void magnitude_bounds(const Models& models, const int64_t* first, const int64_t* last, int64_t* bounds,
+                      int64_t* ties_before);
+void key_histogram(const Models& models, const int64_t* prefix, int64_t* out);
+void tie_counts(const Models& models, const int64_t* bounds, int64_t* out);
+void topk_mask(const Models& models, const Rule& rule, uint8_t* out);
+void count_nonfinite(Array x, int64_t numel, int64_t* nan_and_inf);
+void zero_nonfinite(void* data, int32_t dtype, int64_t numel);
+
+// sparsify
+void l1_sums(const Models& models, Rule rule, int64_t* out);
+
+// consensus
+void consensus_apply(ConsensusArgs args);
+
+// The random words of elements first .. first + count - 1 of a stream.
+void random_words(Stream stream, uint64_t first, int64_t count, uint32_t* out);
+
+int64_t tie_blocks(int64_t numel);
+
+}  // namespace cpu
+}  // namespace fastmerge

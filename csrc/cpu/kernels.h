@@ -1,0 +1,101 @@
+// The contract between the drivers (threads, memory, decisions) and the kernels (one copy per instruction set).
+//
+// Plain data and function pointers only. A kernel works on a range of elements on the calling thread, in scratch memory
+// that the driver hands it; it allocates nothing and calls nothing outside its own unit.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace fastmerge {
+namespace cpu {
+
+constexpr int64_t kTieBlock = 65536;  // elements per tie count; must equal TIE_BLOCK in Python
+constexpr int kTile = 512;            // elements that a kernel handles at once, in first-level cache
+constexpr int64_t kLongRow = 65535;   // DELLA rows longer than this are ranked against a sorted copy
+
+struct Array {
+    const void* data;
+    int32_t dtype;
+};
+
+// n models of `numel` elements. With a base the values are round_C(model - base), without it round_C(model).
+struct Models {
+    Array base;  // data == nullptr: no subtraction
+    const Array* models;
+    int32_t count;
+    int32_t compute;  // dtype that intermediate results are rounded to
+    int64_t numel;
+};
+
+struct Stream {
+    uint32_t k0, k1, c2, c3;
+};
+
+struct Rule {
+    int32_t method;
+    const int64_t* bounds;       // [n, 2, 2]
+    const int64_t* ties_before;  // [n, 2, blocks]
+    int64_t blocks;
+    const double* density;  // [n]
+    const double* epsilon;  // [n]
+    const Stream* streams;  // [n]
+    uint64_t offset;
+    int64_t row_length;
+    const uint32_t* const* sorted_row;  // [n] ascending keys of the long row in hand; nullptr for short rows
+};
+
+struct Window {
+    uint32_t low, high;  // keys within [low, high] are collected, keys above high are counted
+};
+
+struct ConsensusArgs {
+    Models models;
+    Rule rule;
+    Array base;  // what is added at the end; data == nullptr: nothing
+    const float* weights;
+    const float* scales;
+    int32_t election;
+    float zero_sign;
+    int32_t divisor;
+    float divisor_value;
+    float lambda;
+    void* out;
+    int32_t out_dtype;
+};
+
+// Sums of one model over a range, as limbs.
+struct MassSums {
+    uint64_t all[12];
+    uint64_t kept[12];
+};
+
+struct Kernels {
+    const char* name;
+
+    // select
+    void (*keys)(const Models* models, int32_t model, int64_t begin, int64_t count, uint32_t* out);
+    int64_t (*collect)(const Models* models, int32_t model, int64_t begin, int64_t count, Window window, uint32_t* out,
+                       int64_t* above);
+    int64_t (*count_key)(const uint32_t* keys, int64_t count, uint32_t key);
+    void (*count_ties)(const Models* models, int32_t model, int64_t begin, int64_t count, const uint32_t* thresholds,
+                       int64_t* out);
+    void (*key_histogram)(const Models* models, int32_t model, int64_t begin, int64_t count, int64_t prefix,
+                          uint32_t* bins);
+    void (*raw_histogram)(Array x, int64_t begin, int64_t count, int32_t shift, uint32_t* bins);
+    void (*mask)(const Models* models, const Rule* rule, int64_t begin, int64_t count, uint8_t* out);
+    void (*nonfinite)(Array x, int64_t begin, int64_t count, int64_t* nan_and_inf);
+
+    // sparsify
+    size_t (*scratch_bytes)(int32_t models, int32_t method, int64_t row_length);
+    void (*mass)(const Models* models, const Rule* rule, int64_t begin, int64_t end, void* scratch, MassSums* sums);
+
+    // consensus
+    void (*consensus)(const ConsensusArgs* args, int64_t begin, int64_t end, void* scratch);
+
+    // the generator alone, for tests and benchmarks
+    void (*words)(Stream stream, uint64_t first, int64_t count, uint32_t* out);
+};
+
+}  // namespace cpu
+}  // namespace fastmerge

@@ -1,0 +1,94 @@
+// Kernels of the sparsify family: exact L1 masses of deltas, all and kept.
+#include "cpu/kernels/sparsify_rows.h"
+#include "fastmerge/exact_sum.h"
+
+FM_NAMESPACE_BEGIN
+namespace {
+
+using cpu::MassSums;
+
+// Adds a tile's magnitudes exactly. Within 26 binades of the tile's largest magnitude, mantissas shifted to a common
+// unit fit 51 bits and a tile's sum 60, so one 64-bit lane per element does; the rest (rare) are added one by one.
+inline void mass_tile(int count, const float* __restrict delta, const uint32_t* __restrict keep, ExactSum& all,
+                      ExactSum& kept) {
+    uint32_t key[kTile];
+    uint32_t most = 0;
+    for (int t = 0; t < count; ++t) {
+        uint32_t k = bit_cast<uint32_t>(delta[t]) & 0x7fffffffu;
+        k = k >= kInfBits ? 0u : k;  // what is not finite has no mass
+        key[t] = k;
+    }
+    for (int t = 0; t < count; ++t) most = key[t] > most ? key[t] : most;
+    int top = magnitude_place(most);
+    int unit = top > 26 ? top - 26 : 0;
+    uint64_t sum_all = 0, sum_kept = 0;
+    uint32_t tiny = 0;
+    for (int t = 0; t < count; ++t) {
+        int32_t exponent = static_cast<int32_t>(key[t] >> 23);
+        int32_t place = exponent > 0 ? exponent - 1 : 0;
+        uint32_t below = place < unit ? 0xffffffffu : 0u;
+        uint32_t mantissa = magnitude_mantissa(key[t]);
+        tiny |= below & mantissa;
+        uint64_t shifted = static_cast<uint64_t>(mantissa & ~below) << (static_cast<uint32_t>(place - unit) & 63u);
+        uint64_t selected = keep[t] ? shifted : 0u;
+        sum_all += shifted;
+        sum_kept += selected;
+    }
+    exact_add(all, sum_all, unit);
+    exact_add(kept, sum_kept, unit);
+    if (tiny == 0) return;
+    for (int t = 0; t < count; ++t) {
+        int place = magnitude_place(key[t]);
+        if (place >= unit) continue;
+        exact_add(all, magnitude_mantissa(key[t]), place);
+        if (keep[t]) exact_add(kept, magnitude_mantissa(key[t]), place);
+    }
+}
+
+size_t scratch_bytes(int32_t models, int32_t method, int64_t row_length) {
+    size_t tiles = aligned(4 * kTile * static_cast<size_t>(models + 6)) + aligned(4 * (kTile + 8)) +
+                   aligned(sizeof(BandCursor) * static_cast<size_t>(models)) + 64;
+    return tiles + (method == kDella ? della_bytes(models, row_length) : 0);
+}
+
+void mass(const Models* models, const Rule* rule, int64_t begin, int64_t end, void* scratch, MassSums* sums) {
+    float base[kTile], delta[kTile];
+    uint32_t keep[kTile], buffer[kTile + 8];
+    bool short_rows = rule->method == kDella && rule->sorted_row == nullptr;
+    DellaScratch della = della_scratch(static_cast<char*>(scratch), short_rows ? rule->row_length : 0);
+    for (int32_t m = 0; m < models->count; ++m) {
+        ExactSum all, kept;
+        exact_clear(all);
+        exact_clear(kept);
+        BandCursor cursor = {};
+        bool decide = short_rows && rule->density[m] < 1.0 && rule->density[m] > 0.0;
+        int64_t segment_end = begin;
+        for (int64_t segment = begin; segment < end; segment = segment_end) {
+            segment_end = short_rows ? segment + rule->row_length : smaller(end, segment - segment % kTieBlock + kTieBlock);
+            if (decide) della_row(*models, *rule, m, segment, della, della.keep);
+            if (rule->method == kBand) band_open(*models, *rule, m, segment, cursor);
+            for (int64_t at = segment; at < segment_end; at += kTile) {
+                int tile = static_cast<int>(smaller(kTile, segment_end - at));
+                base_tile(*models, at, tile, base);
+                delta_tile(*models, m, at, tile, base, delta);
+                keep_tile(*rule, m, at, tile, delta, cursor, della.keep + (at - segment), buffer, keep);
+                mass_tile(tile, delta, keep, all, kept);
+            }
+            exact_carry(all);
+            exact_carry(kept);
+        }
+        for (int i = 0; i < kLimbs; ++i) {
+            sums[m].all[i] = all.limb[i];
+            sums[m].kept[i] = kept.limb[i];
+        }
+    }
+}
+
+}  // namespace
+
+void fill_sparsify(cpu::Kernels& table) {
+    table.scratch_bytes = scratch_bytes;
+    table.mass = mass;
+}
+
+FM_NAMESPACE_END
