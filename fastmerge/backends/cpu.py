@@ -1,0 +1,209 @@
+"""The cpu backend: an adapter between tensors and the compiled kernels, which take addresses.
+
+The functions are those of `fastmerge.backends.reference`, with the same bits. FASTMERGE_ISA chooses the instruction set
+(baseline, avx2, avx512, neon), FASTMERGE_THREADS the number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from .. import _cpu
+from ..errors import BackendError
+from .rule import L1_LIMBS, TIE_BLOCK, SparsifyRule
+from .threads import default_threads
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_METHODS = {"none": 0, "band": 1, "bernoulli": 2, "della": 3}
+_ELECTIONS = {"none": 0, "weighted": 1, "total": 2, "frequency": 3}
+_DIVISORS = {"none": 0, "weights": 1, "count": 2, "value": 3}
+_ZERO_SIGNS = {"positive": 1.0, "negative": -1.0, "zero": 0.0}
+
+_Ref = tuple[int, int]
+_NOTHING: _Ref = (0, 0)
+
+if TIE_BLOCK != _cpu.TIE_BLOCK:
+    raise ImportError("fastmerge._cpu was built from other sources than this package; build it again (`pip install .`)")
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return str(_cpu.isa())
+
+
+def isas() -> list[str]:
+    """The instruction sets that this build carries and this processor runs, fastest first."""
+    return list(_cpu.isas())
+
+
+def set_isa(name: str) -> None:
+    """Use another instruction set. BackendError: not in this build, or not in this processor."""
+    if not _cpu.set_isa(name):
+        raise BackendError(f"instruction set {name!r} does not work here; choose from {', '.join(isas())}")
+
+
+def threads() -> int:
+    """The number of threads that an operation uses."""
+    return int(_cpu.threads())
+
+
+def set_threads(count: int | None) -> None:
+    """Use `count` threads (None: what the process may use). Call it while no operation runs."""
+    _cpu.set_threads(default_threads() if count is None else count)
+
+
+def _start() -> None:
+    set_threads(None)
+    forced = os.environ.get("FASTMERGE_ISA")
+    if forced:
+        set_isa(forced)
+
+
+_start()
+
+
+def _ref(x: torch.Tensor) -> _Ref:
+    return x.data_ptr(), _DTYPES[x.dtype]
+
+
+def _inputs(
+    base: torch.Tensor | None, tensors: list[torch.Tensor], compute: torch.dtype
+) -> tuple[_Ref, bool, list[_Ref], int, int]:
+    reference = _NOTHING if base is None else _ref(base)
+    return reference, base is not None, [_ref(t) for t in tensors], tensors[0].numel(), _DTYPES[compute]
+
+
+def _rule(rule: SparsifyRule) -> _cpu.Rule:
+    return _cpu.Rule(
+        _METHODS[rule.method],
+        0 if rule.bounds is None else rule.bounds.data_ptr(),
+        0 if rule.ties_before is None else rule.ties_before.data_ptr(),
+        rule.density,
+        rule.epsilon,
+        rule.row_length,
+        rule.seed,
+        rule.tensor_id,
+        rule.positions,
+        rule.offset,
+    )
+
+
+def _shards(shards: list[torch.Tensor]) -> list[tuple[_Ref, int]]:
+    return [(_ref(shard), shard.numel()) for shard in shards]
+
+
+def _tie_blocks(numel: int) -> int:
+    return max(1, -(-numel // TIE_BLOCK))
+
+
+def abs_histogram(shards: list[torch.Tensor], bins: int) -> torch.Tensor:
+    """Counts of magnitude keys; see `fastmerge.ops.abs_histogram`."""
+    out = torch.empty(bins, dtype=torch.int64)
+    _cpu.abs_histogram(_shards(shards), bins, out.data_ptr())
+    return out
+
+
+def kth_magnitude(shards: list[torch.Tensor], k: int) -> torch.Tensor:
+    """The k-th largest magnitude; see `fastmerge.ops.kth_magnitude`."""
+    return torch.tensor(_cpu.kth_key(_shards(shards), k), dtype=torch.int32).view(torch.float32)
+
+
+def magnitude_bounds(
+    base: torch.Tensor | None, tensors: list[torch.Tensor], first: list[int], last: list[int], compute: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cuts at two ranks of each model's delta; see `fastmerge.ops.magnitude_bounds`."""
+    bounds = torch.empty(len(tensors), 2, 2, dtype=torch.int64)
+    ties_before = torch.empty(len(tensors), 2, _tie_blocks(tensors[0].numel()), dtype=torch.int64)
+    _cpu.magnitude_bounds(*_inputs(base, tensors, compute), first, last, bounds.data_ptr(), ties_before.data_ptr())
+    return bounds, ties_before
+
+
+def key_histogram(
+    base: torch.Tensor | None, tensors: list[torch.Tensor], prefix: list[int], compute: torch.dtype
+) -> torch.Tensor:
+    """Counts of the high or the low part of delta keys; see `fastmerge.ops.key_histogram`."""
+    out = torch.empty(len(tensors), 65536 if prefix[0] < 0 else 32768, dtype=torch.int64)
+    _cpu.key_histogram(*_inputs(base, tensors, compute), prefix, out.data_ptr())
+    return out
+
+
+def tie_counts(
+    base: torch.Tensor | None, tensors: list[torch.Tensor], bounds: torch.Tensor, compute: torch.dtype
+) -> torch.Tensor:
+    """How many elements of each tie block equal a bound that splits equals; see `fastmerge.ops.tie_counts`."""
+    out = torch.zeros(len(tensors), 2, _tie_blocks(tensors[0].numel()), dtype=torch.int64)
+    _cpu.tie_counts(*_inputs(base, tensors, compute), bounds.data_ptr(), out.data_ptr())
+    return out
+
+
+def topk_mask(x: torch.Tensor, bounds: torch.Tensor, ties_before: torch.Tensor) -> torch.Tensor:
+    """Which elements lie between the two bounds; see `fastmerge.ops.topk_mask`."""
+    out = torch.empty(x.shape, dtype=torch.bool)
+    rule = SparsifyRule(method="band", bounds=bounds, ties_before=ties_before)
+    _cpu.topk_mask(_ref(x), x.numel(), _rule(rule), out.data_ptr())
+    return out
+
+
+def l1_sums(
+    base: torch.Tensor | None, tensors: list[torch.Tensor], rule: SparsifyRule, compute: torch.dtype
+) -> torch.Tensor:
+    """Exact L1 masses of each model's delta, all and kept; see `fastmerge.ops.l1_sums`."""
+    out = torch.empty(len(tensors), 2, L1_LIMBS, dtype=torch.int64)
+    _cpu.l1_sums(*_inputs(base, tensors, compute), _rule(rule), out.data_ptr())
+    return out
+
+
+def consensus_apply(
+    base: torch.Tensor | None,
+    tensors: list[torch.Tensor],
+    weights: list[float],
+    *,
+    inputs: str,
+    rule: SparsifyRule,
+    scales: list[float],
+    election: str,
+    zero_sign: str,
+    divisor: str,
+    divisor_value: float,
+    lambda_: float,
+    compute: torch.dtype,
+    out: torch.Tensor,
+) -> None:
+    """The merge of one chunk into `out`; see `fastmerge.ops.consensus_apply`."""
+    reference, has_base, models, numel, code = _inputs(base, tensors, compute)
+    if compute is not torch.float32:
+        weights = torch.tensor(weights, dtype=torch.float32).to(compute).tolist()
+        divisor_value = float(torch.tensor(divisor_value, dtype=torch.float32).to(compute))
+    value = float(len(tensors)) if divisor == "count" and election == "none" else divisor_value
+    plain = divisor == "count" and election == "none"
+    _cpu.consensus_apply(
+        reference,
+        has_base and inputs == "models",
+        has_base,
+        models,
+        numel,
+        code,
+        _rule(rule),
+        weights,
+        scales,
+        _ELECTIONS[election],
+        _ZERO_SIGNS[zero_sign],
+        _DIVISORS["value" if plain else divisor],
+        value,
+        lambda_,
+        _ref(out),
+    )
+
+
+def count_nonfinite(x: torch.Tensor) -> torch.Tensor:
+    """How many elements are NaN, and how many infinite: int64[2]."""
+    out = torch.empty(2, dtype=torch.int64)
+    _cpu.count_nonfinite(_ref(x), x.numel(), out.data_ptr())
+    return out
+
+
+def zero_nonfinite_(x: torch.Tensor) -> None:
+    """Set NaN and infinite elements of x to zero, in place."""
+    _cpu.zero_nonfinite(_ref(x), x.numel())

@@ -1,0 +1,39 @@
+"""Which elements of each model's delta are kept: the one argument that the statistics and the merge kernels share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+SparsifyMethod = Literal["none", "band", "bernoulli", "della"]
+
+TIE_BLOCK = 65536
+"""Elements per tie-count block: `ties_before` holds one number per model, bound and block."""
+
+L1_LIMBS = 12
+"""Limbs of 32 bits in an exact L1 sum, little end first, in units of 2**-149."""
+
+
+@dataclass(frozen=True)
+class SparsifyRule:
+    """How a chunk of n models is sparsified.
+
+    method: "none" keeps all; "band" keeps the elements whose rank by falling magnitude lies in [first, last), given by
+        `bounds` int64[n, 2, 2] and `ties_before` int64[n, 2, blocks]; "bernoulli" keeps each with probability
+        `density[i]`; "della" ranks each row of `row_length` elements and spreads the probability by `epsilon[i]`.
+    seed, tensor_id: unsigned 64-bit. positions: each model's place among the models. offset: flat index of the chunk's
+        first element in its tensor.
+    """
+
+    method: SparsifyMethod = "none"
+    bounds: torch.Tensor | None = None
+    ties_before: torch.Tensor | None = None
+    density: list[float] = field(default_factory=list)
+    epsilon: list[float] = field(default_factory=list)
+    row_length: int = 1
+    seed: int = 0
+    tensor_id: int = 0
+    positions: list[int] = field(default_factory=list)
+    offset: int = 0

@@ -1,0 +1,60 @@
+"""Which backends are held to the reference here, and proof of which one ran."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from hypothesis import strategies as st
+
+from fastmerge import backends
+
+FAST = [name for name, missing in backends.available().items() if missing is None and name != "reference"]
+
+each_backend = pytest.mark.parametrize("backend", FAST)
+
+
+@contextmanager
+def only(backend: str, function: str) -> Iterator[None]:
+    """Fails unless `function` of this backend runs, and fails if that of any other does."""
+    ran = []
+
+    def watched(name: str, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            ran.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    with (
+        patch.object(module := backends.resolve(backend), function, watched(backend, getattr(module, function))),
+        patch.object(
+            oracle := backends.resolve("reference"), function, watched("reference", getattr(oracle, function))
+        ),
+    ):
+        yield
+    assert set(ran) == {backend}, f"{function} ran on {sorted(set(ran))}, not on {backend} alone"
+
+
+@st.composite
+def configurations(draw: st.DrawFn, backend: str) -> None:
+    """Put a backend into one of the states that may not show in its results: instruction sets, numbers of threads."""
+    module = backends.resolve(backend)
+    if hasattr(module, "set_isa"):
+        module.set_isa(draw(st.sampled_from(module.isas())))
+    if hasattr(module, "set_threads"):
+        module.set_threads(draw(st.sampled_from((1, 2, 3))))
+
+
+@contextmanager
+def restored(backend: str) -> Iterator[None]:
+    """Give a backend its configuration back."""
+    module = backends.resolve(backend)
+    isa = module.isa() if hasattr(module, "isa") else None
+    yield
+    if isa is not None:
+        module.set_isa(isa)
+        module.set_threads(None)

@@ -1,0 +1,83 @@
+"""Choosing a backend: by argument, by environment, and what is said when it cannot be had."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastmerge import backends, ops
+from fastmerge.errors import BackendError
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget which backends were found, for one test."""
+    monkeypatch.setattr(backends, "_loaded", {})
+    monkeypatch.setattr(backends, "_misconfigured", set())
+    monkeypatch.delenv("FASTMERGE_BACKEND", raising=False)
+
+
+def break_cpu(monkeypatch: pytest.MonkeyPatch, error: type[Exception] = ImportError) -> None:
+    original = backends.importlib.import_module
+
+    def import_module(name: str) -> object:
+        if name.endswith(".cpu"):
+            raise error("undefined symbol: kernels")
+        return original(name)
+
+    monkeypatch.setattr(backends.importlib, "import_module", import_module)
+
+
+def test_reference_is_always_there() -> None:
+    assert backends.available()["reference"] is None
+    assert set(backends.available()) == set(backends.names())
+    assert backends.name_of(backends.resolve("reference")) == "reference"
+
+
+def test_a_broken_backend_gives_its_reason_and_auto_does_without(
+    monkeypatch: pytest.MonkeyPatch, unloaded: None
+) -> None:
+    break_cpu(monkeypatch)
+    assert "undefined symbol: kernels" in backends.available()["cpu"]
+    assert "undefined symbol: kernels" in backends.reason("cpu")
+    assert backends.name_of(backends.resolve()) == "reference"
+    assert ops.kth_magnitude([torch.tensor([3.0, -4.0])], 1) == 4.0
+
+
+def test_a_forced_backend_that_is_missing_raises_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, unloaded: None
+) -> None:
+    break_cpu(monkeypatch)
+    with pytest.raises(BackendError, match=r"backend='cpu' was asked for but does not work here: .*undefined symbol"):
+        backends.resolve("cpu")
+    monkeypatch.setenv("FASTMERGE_BACKEND", "cpu")
+    with pytest.raises(BackendError, match=r"FASTMERGE_BACKEND='cpu' was asked for"):
+        ops.count_nonfinite(torch.ones(2))
+
+
+def test_a_misconfigured_backend_is_not_replaced_in_silence(monkeypatch: pytest.MonkeyPatch, unloaded: None) -> None:
+    break_cpu(monkeypatch, BackendError)
+    with pytest.raises(BackendError, match="undefined symbol"):
+        backends.resolve("auto")
+    assert backends.name_of(backends.resolve("reference")) == "reference"
+
+
+def test_the_environment_overrides_auto_but_not_an_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMERGE_BACKEND", "reference")
+    assert backends.name_of(backends.resolve("auto")) == "reference"
+    monkeypatch.setenv("FASTMERGE_BACKEND", "nonsense")
+    assert backends.name_of(backends.resolve("reference")) == "reference"
+    with pytest.raises(BackendError, match="FASTMERGE_BACKEND='nonsense' is not a backend"):
+        backends.resolve("auto")
+
+
+def test_an_unknown_name_gets_the_near_one_suggested() -> None:
+    with pytest.raises(BackendError, match="did you mean 'reference'"):
+        ops.abs_histogram(torch.ones(2), backend="referense")
+
+
+def test_a_device_without_a_backend_is_refused() -> None:
+    with pytest.raises(BackendError, match=r"'meta'.*\.cpu\(\)"):
+        backends.resolve("auto", torch.device("meta"))
+    with pytest.raises(BackendError, match=r"'cuda'.*\.cpu\(\)"):
+        backends.resolve("reference", "cuda:0")

@@ -1,0 +1,243 @@
+"""Every kernel of every backend against the reference, bit for bit, on inputs drawn to break kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastmerge import ops
+from tests import strategies
+from tests.numeric import assert_bitwise_equal, poison_
+from tests.ops.running import FAST, configurations, each_backend, only, restored
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _configuration_restored() -> Iterator[None]:
+    contexts = [restored(name) for name in FAST]
+    for context in contexts:
+        context.__enter__()
+    yield
+    for context in contexts:
+        context.__exit__(None, None, None)
+
+
+@each_backend
+@given(data=st.data())
+def test_abs_histogram(backend: str, data: st.DataObject) -> None:
+    data.draw(configurations(backend))
+    dtype = data.draw(strategies.dtypes)
+    shards = data.draw(st.lists(strategies.tensors(dtype=dtype), min_size=1, max_size=3))
+    bins = 1 << data.draw(st.sampled_from((15, 8, 0, 5, 14)))
+    expected = ops.abs_histogram(shards, bins=bins, backend="reference")
+    with only(backend, "abs_histogram"):
+        actual = ops.abs_histogram(shards, bins=bins, backend=backend)
+    assert_bitwise_equal(actual, expected)
+
+
+@each_backend
+@given(data=st.data())
+def test_kth_magnitude(backend: str, data: st.DataObject) -> None:
+    data.draw(configurations(backend))
+    shards = data.draw(st.lists(strategies.tensors(), min_size=1, max_size=3))
+    total = sum(shard.numel() for shard in shards)
+    if total == 0:
+        return
+    k = data.draw(st.one_of(st.integers(1, total), st.sampled_from((1, total))))
+    expected = ops.kth_magnitude(shards, k, backend="reference")
+    with only(backend, "kth_magnitude"):
+        actual = ops.kth_magnitude(shards, k, backend=backend)
+    assert_bitwise_equal(torch.tensor(actual), torch.tensor(expected))
+
+
+@each_backend
+@given(data=st.data())
+def test_magnitude_bounds(backend: str, data: st.DataObject) -> None:
+    data.draw(configurations(backend))
+    models = data.draw(strategies.models())
+    compute = data.draw(strategies.computes)
+    pairs = [data.draw(strategies.ranks(models.numel)) for _ in models.tensors]
+    arguments = (models.base, models.tensors, [p[0] for p in pairs], [p[1] for p in pairs])
+    expected = ops.magnitude_bounds(*arguments, compute=compute, backend="reference")
+    with only(backend, "magnitude_bounds"):
+        actual = ops.magnitude_bounds(*arguments, compute=compute, backend=backend)
+    assert_bitwise_equal(actual[0], expected[0])
+    assert_bitwise_equal(actual[1], expected[1])
+
+
+@each_backend
+@given(data=st.data())
+def test_key_histogram(backend: str, data: st.DataObject) -> None:
+    data.draw(configurations(backend))
+    models = data.draw(strategies.models(most=3))
+    compute = data.draw(strategies.computes)
+    count = len(models.tensors)
+    level0 = ops.key_histogram(models.base, models.tensors, [-1] * count, compute=compute, backend="reference")
+    prefix = [-1] * count
+    if data.draw(st.booleans()):
+        prefix = ops.prefixes(level0, [data.draw(st.integers(0, models.numel)) for _ in models.tensors])
+    expected = ops.key_histogram(models.base, models.tensors, prefix, compute=compute, backend="reference")
+    with only(backend, "key_histogram"):
+        actual = ops.key_histogram(models.base, models.tensors, prefix, compute=compute, backend=backend)
+    assert_bitwise_equal(actual, expected)
+
+
+@each_backend
+@given(data=st.data())
+def test_tie_counts(backend: str, data: st.DataObject) -> None:
+    data.draw(configurations(backend))
+    models = data.draw(strategies.models())
+    compute = data.draw(strategies.computes)
+    pairs = [data.draw(strategies.ranks(models.numel)) for _ in models.tensors]
+    bounds, _ = ops.magnitude_bounds(
+        models.base, models.tensors, [p[0] for p in pairs], [p[1] for p in pairs], compute=compute, backend="reference"
+    )
+    expected = ops.tie_counts(models.base, models.tensors, bounds, compute=compute, backend="reference")
+    with only(backend, "tie_counts"):
+        actual = ops.tie_counts(models.base, models.tensors, bounds, compute=compute, backend=backend)
+    assert_bitwise_equal(actual, expected)
+
+
+@each_backend
+@given(data=st.data())
+def test_topk_mask(backend: str, data: st.DataObject) -> None:
+    data.draw(configurations(backend))
+    x = data.draw(strategies.tensors())
+    density = data.draw(strategies.densities)
+    ties = data.draw(st.sampled_from(("lowest_index", "keep")))
+    expected = ops.topk_mask(x, density, ties=ties, backend="reference")
+    with only(backend, "topk_mask"):
+        actual = ops.topk_mask(x, density, ties=ties, backend=backend)
+    assert_bitwise_equal(actual, expected)
+
+
+@each_backend
+@given(data=st.data())
+def test_l1_sums(backend: str, data: st.DataObject) -> None:
+    data.draw(configurations(backend))
+    models = data.draw(strategies.models())
+    compute = data.draw(strategies.computes)
+    rule = data.draw(strategies.rules(models, True, compute))
+    expected = ops.l1_sums(models.base, models.tensors, rule, compute=compute, backend="reference")
+    with only(backend, "l1_sums"):
+        actual = ops.l1_sums(models.base, models.tensors, rule, compute=compute, backend=backend)
+    assert_bitwise_equal(actual, expected)
+
+
+weights = st.one_of(st.sampled_from((1.0, 0.5, 0.3, -1.0, 0.0, 1e-30)), st.floats(-4, 4))
+
+
+@each_backend
+@given(data=st.data())
+def test_consensus_apply(backend: str, data: st.DataObject) -> None:
+    data.draw(configurations(backend))
+    models = data.draw(strategies.models())
+    compute = data.draw(strategies.computes)
+    inputs = data.draw(st.sampled_from(("models", "deltas")))
+    count = len(models.tensors)
+    arguments = {
+        "inputs": inputs,
+        "rule": data.draw(strategies.rules(models, inputs == "models", compute)),
+        "scales": [data.draw(st.sampled_from((1.0, 1.25, 3.7, 0.0))) for _ in range(count)],
+        "election": data.draw(st.sampled_from(("weighted", "none", "total", "frequency"))),
+        "zero_sign": data.draw(st.sampled_from(("positive", "negative", "zero"))),
+        "divisor": data.draw(st.sampled_from(("weights", "none", "count", "value"))),
+        "divisor_value": data.draw(st.sampled_from((1.0, 3.0, 0.7, -1e-3))),
+        "lambda_": data.draw(st.sampled_from((1.0, 0.7, -2.0, 0.0))),
+        "compute": compute,
+    }
+    weight = [data.draw(weights) for _ in range(count)]
+    out_dtype = data.draw(strategies.dtypes)
+    shape = models.tensors[0].shape
+    expected = ops.consensus_apply(
+        models.base, models.tensors, weight, **arguments, out_dtype=out_dtype, backend="reference"
+    )
+    shift = data.draw(st.integers(0, 5))
+    guarded = poison_(torch.empty(models.numel + shift + 3, dtype=out_dtype))
+    untouched = guarded.clone()
+    out = guarded[shift : shift + models.numel].view(shape)
+    with only(backend, "consensus_apply"):
+        returned = ops.consensus_apply(models.base, models.tensors, weight, **arguments, out=out, backend=backend)
+    assert returned is out
+    assert_bitwise_equal(out, expected)
+    untouched[shift : shift + models.numel] = out.reshape(-1)
+    assert_bitwise_equal(guarded, untouched)
+
+
+@each_backend
+@given(data=st.data())
+def test_count_nonfinite(backend: str, data: st.DataObject) -> None:
+    data.draw(configurations(backend))
+    x = data.draw(strategies.tensors())
+    with only(backend, "count_nonfinite"):
+        actual = ops.count_nonfinite(x, backend=backend)
+    assert actual.tolist() == [int(x.isnan().sum()), int(x.isinf().sum())]
+
+
+@each_backend
+@given(data=st.data())
+def test_zero_nonfinite(backend: str, data: st.DataObject) -> None:
+    data.draw(configurations(backend))
+    x = data.draw(strategies.tensors())
+    expected = torch.where(x.isfinite(), x, torch.zeros_like(x)).contiguous()
+    with only(backend, "zero_nonfinite_"):
+        assert ops.zero_nonfinite_(x, backend=backend) is x
+    assert_bitwise_equal(x.contiguous(), expected)
+
+
+sparsify_methods = st.sampled_from(("magnitude", "magnitude_outliers", "bernoulli", "della_magprune"))
+ties = st.sampled_from(("lowest_index", "keep", "hashed"))
+della_densities = st.sampled_from((0.5, 0.3, 0.8, 0.0, 1.0))
+
+
+@each_backend
+@given(data=st.data())
+def test_sparsify(backend: str, data: st.DataObject) -> None:
+    data.draw(configurations(backend))
+    x = data.draw(strategies.tensors())
+    method = data.draw(sparsify_methods)
+    density = data.draw(della_densities if method == "della_magprune" else strategies.densities)
+    arguments = {
+        "method": method,
+        "rescale": data.draw(st.sampled_from((None, "l1"))),
+        "gamma": data.draw(st.sampled_from((0.01, 0.3, 0.0))),
+        "seed": data.draw(strategies.words64),
+        "tensor_id": data.draw(strategies.words64),
+        "model": data.draw(strategies.positions),
+        "ties": data.draw(ties),
+        "numerics": data.draw(st.sampled_from(("fp32", "mergekit"))),
+    }
+    expected = ops.sparsify(x, density, **arguments, backend="reference")
+    with only(backend, "consensus_apply"):
+        actual = ops.sparsify(x, density, **arguments, backend=backend)
+    assert_bitwise_equal(actual, expected)
+
+
+@each_backend
+@given(data=st.data())
+def test_consensus_merge(backend: str, data: st.DataObject) -> None:
+    data.draw(configurations(backend))
+    models = data.draw(strategies.models())
+    count = len(models.tensors)
+    method = data.draw(st.one_of(sparsify_methods, st.none()))
+    density = della_densities if method == "della_magprune" else strategies.densities
+    arguments = {
+        "inputs": data.draw(st.sampled_from(("models", "deltas"))),
+        "density": [data.draw(density) for _ in range(count)],
+        "method": method,
+        "rescale": data.draw(st.sampled_from((None, "l1"))),
+        "seed": data.draw(strategies.words64),
+        "election": data.draw(st.sampled_from(("weighted", "none", "total", "frequency"))),
+        "divisor": data.draw(st.sampled_from(("weights", "none", "count"))),
+        "ties": data.draw(ties),
+        "lambda_": data.draw(st.sampled_from((1.0, 0.7))),
+        "numerics": data.draw(st.sampled_from(("fp32", "mergekit"))),
+    }
+    weight = [data.draw(weights) for _ in range(count)]
+    expected = ops.consensus_merge(models.base, models.tensors, weight, **arguments, backend="reference")
+    with only(backend, "consensus_apply"):
+        actual = ops.consensus_merge(models.base, models.tensors, weight, **arguments, backend=backend)
+    assert_bitwise_equal(actual, expected)

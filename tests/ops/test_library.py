@@ -1,0 +1,162 @@
+"""The registered ops: schemas, fakes and aliasing by opcheck, and compilation on inputs other than those traced."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastmerge.ops
+from fastmerge import backends
+from tests.numeric import assert_bitwise_equal
+from tests.ops.running import FAST
+
+BACKENDS = ["reference", *FAST]
+f32 = torch.float32
+
+each_working_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def op(name: str) -> Any:
+    return getattr(torch.ops.fastmerge, name).default
+
+
+def random_models(seed: int, rows: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, 8, generator=generator).to(dtype) for _ in range(3)]
+
+
+def rule_arguments(method: str, models: int, numel: int) -> tuple[Any, ...]:
+    bounds = torch.tensor([[[1 << 31, 0], [0x3F000000, 0]]] * models) if method == "band" else None
+    ties = torch.zeros(models, 2, 1, dtype=torch.int64) if method == "band" else None
+    return method, bounds, ties, [0.5] * models, [0.1] * models, 8, -5, 77, list(range(models)), 0
+
+
+def merge_arguments(models: list[Tensor], method: str = "band") -> tuple[Any, ...]:
+    base, *others = models
+    rule = rule_arguments(method, 2, base.numel())
+    return (base, others, [0.5, 1.5], "models", *rule, [1.0, 2.0], "weighted", "positive", "weights", 1.0, 0.7, f32)
+
+
+def samples(seed: int, rows: int, backend: str) -> list[tuple[str, tuple[Any, ...]]]:
+    """One call of each op; all but the mutating ones come first."""
+    models = random_models(seed, rows)
+    base, *others = models
+    bounds, ties = op("magnitude_bounds")(base, others, [0, 1], [2, 3], f32, backend)
+    return [
+        ("abs_histogram", (models, 256, backend)),
+        ("kth_magnitude", (models, 3, backend)),
+        ("magnitude_bounds", (base, others, [0, 1], [2, 3], f32, backend)),
+        ("key_histogram", (base, others, [-1, -1], f32, backend)),
+        ("key_histogram", (None, models, [100, 65535, 16000], torch.bfloat16, backend)),
+        ("tie_counts", (base, others, bounds, f32, backend)),
+        ("topk_mask", (base, bounds[:1], ties[:1], backend)),
+        ("hashed_mask", (base, bounds[:1], -3, 4, 2, 10)),
+        ("l1_sums", (base, others, f32, *rule_arguments("bernoulli", 2, base.numel()), backend)),
+        ("count_nonfinite", (base, backend)),
+        ("consensus_apply", (*merge_arguments(models), torch.float16, backend)),
+        ("consensus_apply", (*merge_arguments(models, "della"), torch.float32, backend)),
+        ("consensus_apply_out", (*merge_arguments(models), torch.empty(rows, 8), backend)),
+        ("zero_nonfinite_", (base.clone(), backend)),
+    ]
+
+
+@each_working_backend
+@pytest.mark.parametrize("number", range(14))
+def test_opcheck(number: int, backend: str) -> None:
+    name, arguments = samples(0, 5, backend)[number]
+    torch.library.opcheck(op(name), arguments)
+
+
+def test_every_registered_op_is_checked() -> None:
+    registered = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "fastmerge::" in name}
+    assert registered == {name for name, _ in samples(0, 5, "reference")}
+
+
+def run_all(models: list[Tensor], backend: str) -> list[Tensor]:
+    base, *others = models
+    bounds, ties = op("magnitude_bounds")(base, others, [0, 1], [base.numel() // 2, base.numel() - 1], f32, backend)
+    merged = op("consensus_apply")(
+        base, others, [1.0, 0.5], "models", "band", bounds, ties, [], [], 1, 0, 0, [], 0, [1.0, 1.0],
+        "weighted", "positive", "weights", 1.0, 1.0, f32, torch.bfloat16, backend,
+    )  # fmt: skip
+    random = op("consensus_apply")(*merge_arguments(models, "bernoulli"), torch.float32, backend)
+    out = torch.empty(base.shape)
+    op("consensus_apply_out")(*merge_arguments(models, "della"), out, backend)
+    changed = base.clone()
+    op("zero_nonfinite_")(changed, backend)
+    return [
+        op("abs_histogram")(models, 256, backend),
+        op("kth_magnitude")(models, 7, backend),
+        op("key_histogram")(base, others, [-1, -1], f32, backend),
+        op("tie_counts")(base, others, bounds, f32, backend),
+        op("topk_mask")(base, bounds[:1], ties[:1], backend),
+        op("hashed_mask")(base, bounds[:1], 1, 2, 3, 4),
+        op("l1_sums")(base, others, f32, "band", bounds, ties, [], [], 1, 0, 0, [], 0, backend),
+        op("count_nonfinite")(base, backend),
+        merged,
+        random,
+        out,
+        changed,
+    ]
+
+
+@each_working_backend
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_in_one_graph_and_run_on_other_inputs(backend: str, compiler: str, dynamic: bool) -> None:
+    torch._dynamo.reset()
+
+    compiled: Callable[..., list[Tensor]] = torch.compile(
+        run_all, fullgraph=True, backend=compiler, dynamic=dynamic or None
+    )
+    compiled(random_models(1, 6), backend)
+    for seed, rows in ((2, 6), (3, 11)):
+        models = random_models(seed, rows)
+        for actual, expected in zip(compiled(models, backend), run_all(models, backend)):
+            assert_bitwise_equal(actual, expected)
+
+
+@each_working_backend
+def test_results_are_no_aliases_and_inputs_are_left_alone(backend: str) -> None:
+    models = random_models(4, 5, torch.float32)
+    before = [x.clone() for x in models]
+    merged = fastmerge.ops.consensus_merge(None, models[:1], 1.0, method=None, election="none", backend=backend)
+    sparse = fastmerge.ops.sparsify(models[0], 1.0, backend=backend)
+    for x in (merged, sparse):
+        assert_bitwise_equal(x, before[0])
+        x.zero_()
+    for x, kept in zip(models, before):
+        assert_bitwise_equal(x, kept)
+
+
+def test_parameters_that_require_grad_are_merged_as_numbers() -> None:
+    base, x = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.full((3,), 2.0))
+    merged = fastmerge.ops.consensus_merge(base, [x], 1.0)
+    assert not merged.requires_grad
+    assert merged.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_import_brings_in_neither_dynamo_nor_triton() -> None:
+    program = "import fastmerge.ops, sys; print([m for m in ('torch._dynamo', 'triton') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_meta_kernels_agree_with_real_ones_without_a_backend() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in random_models(0, 5)]
+        with_fake = op("consensus_apply")(*merge_arguments(fake, "none"), torch.bfloat16, "auto")
+    assert with_fake.shape == (5, 8)
+    assert with_fake.dtype == torch.bfloat16
+
+
+def test_auto_is_a_backend_that_works() -> None:
+    assert backends.available()[backends.name_of(backends.resolve("auto"))] is None
