@@ -30,7 +30,15 @@ COMMON_FLAGS = [
     "-Wextra",
 ]
 AVX2_FLAGS = ["-mavx2", "-mbmi", "-mbmi2", "-mpopcnt", "-mlzcnt"]
-AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+AVX512_FLAGS = [
+    *AVX2_FLAGS,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mprefer-vector-width=512",
+    "-Wno-maybe-uninitialized",  # GCC 12 warns about its own headers for AVX-512
+]
 
 
 def isa_flags(machine: str) -> dict[str, list[str]]:

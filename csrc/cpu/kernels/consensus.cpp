@@ -29,7 +29,7 @@ inline Workspace workspace(char* memory, const ConsensusArgs& args) {
     w.keep = reinterpret_cast<uint32_t*>(w.shares + kTile);
     memory += aligned(4 * kTile * (n + 6));
     w.words = reinterpret_cast<uint32_t*>(memory);
-    memory += aligned(4 * (kTile + 8));
+    memory += aligned(4 * (kTile + kWordSlack));
     w.cursors = reinterpret_cast<BandCursor*>(memory);
     memory += aligned(sizeof(BandCursor) * n);
     bool short_rows = args.rule.method == kDella && args.rule.sorted_row == nullptr;

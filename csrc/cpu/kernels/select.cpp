@@ -1,5 +1,6 @@
 // Kernels of the select family: keys, counting against a window, histograms.
 #include "cpu/kernels/select.h"
+#include "cpu/kernels/words.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -172,7 +173,7 @@ void nonfinite(Array x, int64_t begin, int64_t count, int64_t* nan_and_inf) {
 }
 
 void words(Stream stream, uint64_t first, int64_t count, uint32_t* out) {
-    uint32_t buffer[kTile + 8];
+    uint32_t buffer[kTile + kWordSlack];
     for (int64_t done = 0; done < count; done += kTile) {
         int tile = static_cast<int>(smaller(kTile, count - done));
         const uint32_t* word = word_tile(stream, first + static_cast<uint64_t>(done), tile, buffer);

@@ -46,14 +46,14 @@ inline void mass_tile(int count, const float* __restrict delta, const uint32_t* 
 }
 
 size_t scratch_bytes(int32_t models, int32_t method, int64_t row_length) {
-    size_t tiles = aligned(4 * kTile * static_cast<size_t>(models + 6)) + aligned(4 * (kTile + 8)) +
+    size_t tiles = aligned(4 * kTile * static_cast<size_t>(models + 6)) + aligned(4 * (kTile + kWordSlack)) +
                    aligned(sizeof(BandCursor) * static_cast<size_t>(models)) + 64;
     return tiles + (method == kDella ? della_bytes(models, row_length) : 0);
 }
 
 void mass(const Models* models, const Rule* rule, int64_t begin, int64_t end, void* scratch, MassSums* sums) {
     float base[kTile], delta[kTile];
-    uint32_t keep[kTile], buffer[kTile + 8];
+    uint32_t keep[kTile], buffer[kTile + kWordSlack];
     bool short_rows = rule->method == kDella && rule->sorted_row == nullptr;
     DellaScratch della = della_scratch(static_cast<char*>(scratch), short_rows ? rule->row_length : 0);
     for (int32_t m = 0; m < models->count; ++m) {

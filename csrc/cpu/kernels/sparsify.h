@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/select.h"
+#include "cpu/kernels/words.h"
 
 FM_NAMESPACE_BEGIN
 namespace {

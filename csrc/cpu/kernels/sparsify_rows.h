@@ -6,9 +6,9 @@
 FM_NAMESPACE_BEGIN
 namespace {
 
-FM_INLINE uint32_t della_limit(const Rule& rule, int32_t model, int64_t twice_rank) {
-    double p = della_probability(rule.density[model], rule.epsilon[model], twice_rank, rule.row_length);
-    return static_cast<uint32_t>(keep_limit(p));  // density + epsilon < 1, so it fits
+// Up to 2^32: density + epsilon lies below 1, but the sum that the formula takes may round to it.
+FM_INLINE uint64_t della_limit(const Rule& rule, int32_t model, int64_t twice_rank) {
+    return keep_limit(della_probability(rule.density[model], rule.epsilon[model], twice_rank, rule.row_length));
 }
 
 // The row's bins. Zeros have bin 0 to themselves, so that they do not stretch the range that the others share.
@@ -62,10 +62,10 @@ inline void della_spans(const uint32_t* __restrict bin, int64_t length, int coun
 // Limits of keys that were looked up already: equal deltas are the norm in half precision.
 struct LimitCache {
     uint32_t key[64];
-    uint32_t limit[64];
+    uint64_t limit[64];
 };
 
-inline uint32_t della_exact_limit(const Rule& rule, int32_t model, const uint32_t* keys, uint32_t key,
+inline uint64_t della_exact_limit(const Rule& rule, int32_t model, const uint32_t* keys, uint32_t key,
                                   LimitCache& cache) {
     uint32_t slot = (key * 0x9E3779B9u) >> 26;
     if (cache.key[slot] == key) return cache.limit[slot];
@@ -105,7 +105,7 @@ inline void della_row(const Models& models, const Rule& rule, int32_t model, int
     float slack = scale * 1e-6f;
     LimitCache cache;
     for (int i = 0; i < 64; ++i) cache.key[i] = 0xffffffffu;
-    uint32_t buffer[kTile + 8];
+    uint32_t buffer[kTile + kWordSlack];
     uint8_t verdict[kTile];
     for (int64_t done = 0; done < length; done += kTile) {
         int tile = static_cast<int>(smaller(kTile, length - done));
@@ -118,8 +118,10 @@ inline void della_row(const Models& models, const Rule& rule, int32_t model, int
             uint32_t packed = span[bin[t]];
             float lowest = static_cast<float>(static_cast<int32_t>(packed & 0xffffu));
             float width = static_cast<float>(static_cast<int32_t>(packed >> 16));
-            int32_t all = static_cast<int32_t>(low + lowest * step - slack);
-            int32_t none = static_cast<int32_t>(low + (lowest + width) * step + slack);
+            float bottom = low + lowest * step - slack;
+            int32_t all = static_cast<int32_t>(bottom < 2147483520.0f ? bottom : 2147483520.0f);
+            float top = low + (lowest + width) * step + slack;
+            int32_t none = top < 2147483520.0f ? static_cast<int32_t>(top) : 0x7fffffff;
             int32_t half = static_cast<int32_t>(word[t] >> 1);
             int undecided = half >= all && half <= none;
             verdict[t] = static_cast<uint8_t>(half < all ? 1 : 2 * undecided);
@@ -160,8 +162,8 @@ inline void della_long_tile(const Rule& rule, int32_t model, int64_t begin, int 
                             const uint32_t* words, uint32_t* keep) {
     (void)begin;
     const uint32_t* sorted = rule.sorted_row[model];
-    uint32_t least = della_limit(rule, model, 0);
-    uint32_t most = della_limit(rule, model, 2 * (rule.row_length - 1));
+    uint64_t least = della_limit(rule, model, 0);
+    uint64_t most = della_limit(rule, model, 2 * (rule.row_length - 1));
     for (int t = 0; t < count; ++t) {
         bool kept = words[t] < least;
         if (!kept && words[t] < most) {

@@ -4,7 +4,6 @@
 
 #include "cpu/kernels.h"
 #include "fastmerge/keys.h"
-#include "fastmerge/philox.h"
 #include "fastmerge/sparsify.h"
 
 FM_NAMESPACE_BEGIN
@@ -15,7 +14,6 @@ using cpu::kTieBlock;
 using cpu::kTile;
 using cpu::Models;
 using cpu::Rule;
-using cpu::Stream;
 
 FM_INLINE int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
@@ -113,33 +111,6 @@ inline void store_tile(void* data, int32_t dtype, int64_t begin, int count, cons
 
 inline void key_tile(int count, const float* __restrict values, uint32_t* __restrict keys) {
     for (int t = 0; t < count; ++t) keys[t] = magnitude_key(values[t]);
-}
-
-// The random words of elements first .. first + count - 1. Writes up to 3 words before and after them, so `buffer` has
-// room for count + 8; the words start at the returned pointer.
-inline const uint32_t* word_tile(const Stream& stream, uint64_t first, int count, uint32_t* __restrict buffer) {
-    uint64_t counter = first >> 2;
-    int lead = static_cast<int>(first & 3u);
-    int blocks = (lead + count + 3) >> 2;
-    uint32_t low = static_cast<uint32_t>(counter), high = static_cast<uint32_t>(counter >> 32);
-    if (low <= 0xffffffffu - static_cast<uint32_t>(blocks)) {
-        for (int b = 0; b < blocks; ++b) {
-            PhiloxBlock words =
-                philox4x32(low + static_cast<uint32_t>(b), high, stream.c2, stream.c3, stream.k0, stream.k1);
-            buffer[4 * b] = words.word[0];
-            buffer[4 * b + 1] = words.word[1];
-            buffer[4 * b + 2] = words.word[2];
-            buffer[4 * b + 3] = words.word[3];
-        }
-    } else {
-        for (int b = 0; b < blocks; ++b) {
-            uint64_t c = counter + static_cast<uint64_t>(b);
-            PhiloxBlock words = philox4x32(static_cast<uint32_t>(c), static_cast<uint32_t>(c >> 32), stream.c2,
-                                           stream.c3, stream.k0, stream.k1);
-            for (int lane = 0; lane < 4; ++lane) buffer[4 * b + lane] = words.word[lane];
-        }
-    }
-    return buffer + lead;
 }
 
 }  // namespace

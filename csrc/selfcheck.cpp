@@ -1,0 +1,189 @@
+// A program without Python or Torch that runs the kernels on small inputs: every instruction set of this processor must
+// give the same bits as the first, and selection, rounding and random words must agree with plain code written here.
+// Prints one line and ends with 0, or says what differs and ends with 1.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cpu/api.h"
+#include "fastmerge/consensus.h"
+#include "fastmerge/philox.h"
+#include "fastmerge/sparsify.h"
+
+namespace {
+
+using namespace fastmerge;
+using namespace fastmerge::cpu;
+
+int failures = 0;
+
+void check(bool good, const std::string& what) {
+    if (good) return;
+    ++failures;
+    std::fprintf(stderr, "wrong: %s (%s)\n", what.c_str(), isa().c_str());
+}
+
+uint64_t state = 1;
+uint32_t draw() {
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    return static_cast<uint32_t>(state >> 32);
+}
+
+// Half-precision weights and fine-tunes near them, with equal deltas, zeros, a NaN and an infinity.
+struct Family {
+    int64_t numel;
+    std::vector<uint16_t> base;
+    std::vector<std::vector<uint16_t>> models;
+    std::vector<Array> arrays;
+
+    Family(int64_t count, int n) : numel(count), base(static_cast<size_t>(count)) {
+        for (auto& value : base) value = round_bfloat16(static_cast<float>(static_cast<int32_t>(draw())) * 1e-11f);
+        for (int m = 0; m < n; ++m) {
+            models.push_back(base);
+            for (auto& value : models.back())
+                if (draw() % 3 != 0) value = static_cast<uint16_t>(value + draw() % 5 - 2);
+        }
+        if (count > 100) {
+            models[0][50] = 0x7fc0;
+            models[0][51] = 0xff80;
+        }
+        for (auto& model : models) arrays.push_back({model.data(), kBFloat16});
+    }
+
+    Models view() const {
+        Models result;
+        result.base = {base.data(), kBFloat16};
+        result.models = arrays.data();
+        result.count = static_cast<int32_t>(arrays.size());
+        result.compute = kFloat32;
+        result.numel = numel;
+        return result;
+    }
+
+    float delta(size_t model, size_t i) const {
+        return widen_bfloat16(models[model][i]) - widen_bfloat16(base[i]);
+    }
+};
+
+void check_random_words() {
+    uint32_t words[4];
+    random_words({0, 0, 0, 0}, 0, 4, words);
+    const uint32_t zeros[4] = {0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u};
+    check(std::equal(words, words + 4, zeros), "Philox with key and counter 0");
+    PhiloxBlock block = philox4x32(0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u, 0xa4093822u, 0x299f31d0u);
+    const uint32_t digits[4] = {0xd16cfe09u, 0x94fdccebu, 0x5001e420u, 0x24126ea1u};
+    check(std::equal(block.word, block.word + 4, digits), "Philox with the digits of pi");
+    std::vector<uint32_t> many(3000);
+    uint64_t first = (uint64_t{1} << 34) - 777;  // across a carry of the counter's low word
+    random_words({1, 2, 3, 4}, first, 3000, many.data());
+    for (uint64_t i = 0; i < many.size(); ++i) {
+        PhiloxBlock one = philox_at({1, 2, 3, 4}, (first + i) >> 2);
+        if (many[i] != one.word[(first + i) & 3]) return check(false, "random words at an offset");
+    }
+}
+
+void check_rounding() {
+    for (uint32_t high = 0; high < 0x10000u; ++high) {
+        uint16_t bits = static_cast<uint16_t>(high);
+        bool nan16 = (bits & 0x7fffu) > 0x7c00u, nan_b = (bits & 0x7fffu) > 0x7f80u;
+        check(nan16 || round_float16(widen_float16(bits)) == bits, "float16 there and back");
+        check(nan_b || round_bfloat16(widen_bfloat16(bits)) == bits, "bfloat16 there and back");
+        if (failures) return;
+    }
+}
+
+void check_selection(const Family& family) {
+    Models models = family.view();
+    size_t n = static_cast<size_t>(models.count);
+    std::vector<int64_t> first(n, 0), last(n, models.numel / 3), bounds(4 * n);
+    std::vector<int64_t> ties(2 * n * static_cast<size_t>(tie_blocks(models.numel)));
+    magnitude_bounds(models, first.data(), last.data(), bounds.data(), ties.data());
+    for (size_t m = 0; m < n; ++m) {
+        std::vector<uint32_t> keys;
+        for (size_t i = 0; i < static_cast<size_t>(models.numel); ++i) keys.push_back(magnitude_key(family.delta(m, i)));
+        std::sort(keys.rbegin(), keys.rend());
+        uint32_t expected = keys[static_cast<size_t>(last[m] - 1)];
+        check(bounds[4 * m + 2] == static_cast<int64_t>(expected), "the threshold of a selection");
+        int64_t greater = std::upper_bound(keys.begin(), keys.end(), expected, std::greater<uint32_t>()) - keys.begin();
+        int64_t equal = std::count(keys.begin(), keys.end(), expected);
+        greater -= equal;
+        check(bounds[4 * m + 3] == (last[m] - greater == equal ? 0 : last[m] - greater), "the ties of a selection");
+    }
+}
+
+// Every kind of merge; what it wrote, byte after byte.
+std::vector<uint8_t> merges(const Family& family) {
+    Models models = family.view();
+    size_t n = static_cast<size_t>(models.count);
+    std::vector<uint8_t> all;
+    std::vector<float> weights(n, 0.4f), scales(n, 1.0f);
+    scales[0] = 1.25f;
+    std::vector<double> density(n, 0.5), epsilon(n, 0.15);
+    std::vector<Stream> streams(n, Stream{1, 2, 3, 4});
+    std::vector<int64_t> first(n, 5), last(n, models.numel / 2), bounds(4 * n);
+    std::vector<int64_t> ties(2 * n * static_cast<size_t>(tie_blocks(models.numel)));
+    magnitude_bounds(models, first.data(), last.data(), bounds.data(), ties.data());
+    for (int32_t method : {kKeepAll, kBand, kBernoulli, kDella}) {
+        for (int32_t election : {kElectNone, kElectWeighted, kElectTotal, kElectFrequency}) {
+            ConsensusArgs args{};
+            args.models = models;
+            args.rule.method = method;
+            args.rule.bounds = bounds.data();
+            args.rule.ties_before = ties.data();
+            args.rule.blocks = tie_blocks(models.numel);
+            args.rule.density = density.data();
+            args.rule.epsilon = epsilon.data();
+            args.rule.streams = streams.data();
+            args.rule.row_length = models.numel % 100 == 0 ? 100 : models.numel;
+            args.base = models.base;
+            args.weights = weights.data();
+            args.scales = scales.data();
+            args.election = election;
+            args.zero_sign = 1.0f;
+            args.divisor = kDivideWeights;
+            args.divisor_value = 1.2f;
+            args.lambda = 0.9f;
+            args.out_dtype = election % 2 ? kFloat16 : kFloat32;
+            std::vector<uint8_t> out(static_cast<size_t>(models.numel * dtype_size(args.out_dtype)), 0xcd);
+            args.out = out.data();
+            consensus_apply(args);
+            all.insert(all.end(), out.begin(), out.end());
+            std::vector<int64_t> sums(2 * 12 * n);
+            l1_sums(models, args.rule, sums.data());
+            const uint8_t* bytes = reinterpret_cast<const uint8_t*>(sums.data());
+            all.insert(all.end(), bytes, bytes + sums.size() * sizeof(int64_t));
+        }
+    }
+    return all;
+}
+
+}  // namespace
+
+int main() {
+    set_threads(2);
+    check_rounding();
+    std::vector<Family> families;
+    families.emplace_back(1, 2);
+    families.emplace_back(777, 1);
+    families.emplace_back(70000, 3);
+    families.emplace_back(200003, 2);
+    std::vector<std::vector<uint8_t>> expected;
+    std::string names;
+    for (const std::string& name : supported_isas()) {
+        check(set_isa(name), "choosing " + name);
+        check_random_words();
+        for (size_t f = 0; f < families.size(); ++f) {
+            if (families[f].numel > 3) check_selection(families[f]);
+            std::vector<uint8_t> made = merges(families[f]);
+            if (expected.size() == f) expected.push_back(made);
+            check(made == expected[f], "merging gives other bits than " + supported_isas().front());
+        }
+        names += (names.empty() ? "" : ", ") + name;
+    }
+    if (failures) return 1;
+    std::printf("kernels agree: %s\n", names.c_str());
+    return 0;
+}
