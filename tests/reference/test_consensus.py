@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -90,6 +91,41 @@ def test_every_flag_element_by_element(data: st.DataObject) -> None:
         for i in range(size)
     ]
     assert_bitwise_equal(actual, torch.tensor([math.nan if math.isnan(v) else v for v in expected]))
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_base", [False, True])
+@np.errstate(all="ignore")
+def test_every_step_is_rounded(compute: torch.dtype, with_base: bool) -> None:
+    """Numbers with all 24 bits through every combination of flags: a rounding left out or added would show."""
+    generator = torch.Generator().manual_seed(11)
+    base, *models = torch.randn(4, 6, generator=generator)
+    weights = [0.3, 1.7, -0.9]
+    value = ops.weight_sum(weights, compute)
+    grid = itertools.product(("weighted", "none", "total", "frequency"), ("weights", "none", "count"), (1.0, 0.7))
+    for election, divisor, lambda_ in grid:
+        flags = {"inputs": "models", "election": election, "zero_sign": "positive", "divisor": divisor}
+        actual = ops.consensus_apply(
+            base if with_base else None, models, weights, **flags, lambda_=lambda_, divisor_value=value,
+            compute=compute, backend="reference",
+        )  # fmt: skip
+        expected = [
+            merge_one(
+                base[i].item() if with_base else None, [m[i].item() for m in models], weights, **flags,
+                lambda_=lambda_, compute=compute,
+            )
+            for i in range(6)
+        ]  # fmt: skip
+        assert_bitwise_equal(actual, torch.tensor(expected))
+
+
+def test_a_negative_zero_does_not_survive_an_election() -> None:
+    flags = {"inputs": "deltas", "divisor": "none", "backend": "reference"}
+    deltas, weights = [torch.tensor([-1.0]), torch.tensor([-2.0])], [0.0, 0.0]
+    elected = ops.consensus_apply(None, deltas, weights, election="total", **flags)
+    assert_bitwise_equal(elected, torch.tensor([0.0]))
+    summed = ops.consensus_apply(None, deltas, weights, election="none", **flags)
+    assert_bitwise_equal(summed, torch.tensor([-0.0]))
 
 
 def test_a_ties_merge_by_hand() -> None:

@@ -1,0 +1,440 @@
+"""The plan of a merge: everything that is decided before any tensor is read, from headers alone.
+
+It says what each output tensor is made from and with which parameters, in which pieces it passes through memory, how
+often each piece is read, and what that costs in bytes, memory and disk. The executor only follows it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastmerge import methods
+from fastmerge.backends.rule import TIE_BLOCK
+from fastmerge.engine.buffers import aligned
+from fastmerge.engine.matching import Input, Match, match_models
+from fastmerge.engine.sources import SAFETENSORS_NAMES, TORCH_DTYPES, Source, StateDictSource
+from fastmerge.engine.writer import OutputTensor, layout_shards
+from fastmerge.errors import ArgumentError, CheckpointError
+from fastmerge.methods.base import Method, TensorContext
+from fastmerge.sizes import format_size
+
+NUMERICS = ("fp32", "mergekit")
+
+CHUNK_ELEMENTS = 1 << 21
+"""Elements merged at once: a few MiB per model, which stay in the cache from the read to the merge."""
+READ_BYTES = 2 << 20
+"""Bytes of one read; each is checked for NaN and Inf while it is still in the cache."""
+AHEAD_BYTES = 128 << 20
+"""So much may be read ahead of the merge in more than three loads; larger loads are at most three."""
+OUT_BLOCKS = 3
+"""Merged pieces in memory: one being made, one waiting, one being written."""
+
+PIECE_SLACK = 64
+"""A merged piece that is yet to be converted lies behind the place of its output, at a multiple of so many bytes."""
+
+ParametersOf = Callable[[str], tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]]
+"""Resolves a tensor's parameters: the shared ones, and those of each model in order."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One output tensor.
+
+    held: the dtype in which each input is kept in memory. merged: the dtype that the method's result is rounded to.
+    out: the output's dtype. cuts: the flat indices at which the loads begin and end. whole: the one load is all of it,
+    so that statistics need no sweep of their own. sweeps: how often each load is read. piece: elements merged at once.
+    """
+
+    match: Match
+    shape: tuple[int, ...]
+    held: tuple[torch.dtype, ...]
+    merged: torch.dtype
+    out: torch.dtype
+    context: TensorContext | None
+    cuts: tuple[int, ...]
+    whole: bool
+    sweeps: int
+    piece: int
+
+    @property
+    def name(self) -> str:
+        """The output tensor's name."""
+        return self.match.name
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Base first, then the models."""
+        return self.match.inputs
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes_per_element(self) -> int:
+        """In memory, over all inputs."""
+        return sum(dtype.itemsize for dtype in self.held)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read over all sweeps."""
+        return self.sweeps * sum(one.info.nbytes for one in self.inputs)
+
+    def load_bytes(self, elements: int) -> int:
+        """Memory of a load of so many elements."""
+        return sum(aligned(elements * dtype.itemsize) for dtype in self.held)
+
+
+@dataclass(frozen=True)
+class Load:
+    """One reading of elements [start, stop) of a job's inputs, in sweep number `sweep` (from 0)."""
+
+    job: Job
+    sweep: int
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return self.stop - self.start
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return self.job.load_bytes(self.numel)
+
+    @property
+    def merges(self) -> bool:
+        """Whether this is the sweep that merges; the ones before it gather statistics."""
+        return self.sweep == self.job.sweeps - 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge, decided. `describe` says it to a person.
+
+    outputs: the output's tensors in file order. jobs: what to do, in that order. resident: the inputs are in memory
+    already. in_bytes, out_bytes: memory for loads and for merged pieces. untied: config.json must say that the head is
+    not tied. notes: what a person should know.
+    """
+
+    method: Method
+    numerics: str
+    seed: int
+    jobs: list[Job]
+    resident: bool
+    budget: int
+    in_bytes: int
+    out_bytes: int
+    shard_size: int
+    untied: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def outputs(self) -> list[OutputTensor]:
+        """The output's tensors in file order."""
+        return [OutputTensor(job.name, SAFETENSORS_NAMES[job.out], job.shape) for job in self.jobs]
+
+    @property
+    def shards(self) -> list[list[OutputTensor]]:
+        """The output's tensors, file by file."""
+        return layout_shards(self.outputs, self.shard_size)
+
+    @property
+    def passes(self) -> int:
+        """The most sweeps over any tensor's files."""
+        return max((job.sweeps for job in self.jobs), default=1)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that will be read, over all sweeps."""
+        return sum(job.bytes_read for job in self.jobs)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of tensors that will be written: the disk space that is needed, but for a megabyte or so."""
+        return sum(tensor.nbytes for tensor in self.outputs)
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of buffers at most, to which Python and torch themselves are added."""
+        return self.in_bytes + self.out_bytes + 2 * READ_BYTES
+
+    def loads(self) -> Iterator[Load]:
+        """Every reading, in order. Tensors that must merely be equal come first: a refusal should be quick."""
+        for job in sorted(self.jobs, key=lambda job: job.match.action != "same"):
+            if job.numel == 0:
+                continue
+            for sweep in range(job.sweeps):
+                for start, stop in zip(job.cuts, job.cuts[1:], strict=False):
+                    yield Load(job, sweep, start, stop)
+
+    def describe(self) -> dict[str, Any]:
+        """The plan in numbers, ready for JSON; sizes in bytes."""
+        swept = [job.name for job in self.jobs if job.sweeps > 1]
+        return {
+            "method": self.method.name,
+            "numerics": self.numerics,
+            "seed": self.seed,
+            "tensors": len(self.jobs),
+            "parameters": sum(job.numel for job in self.jobs),
+            "passes": self.passes,
+            "swept_tensors": swept,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "memory_budget": self.budget,
+            "peak_buffers": self.peak_memory,
+            "disk_needed": self.bytes_written,
+            "shards": len(self.shards),
+            "notes": list(self.notes),
+        }
+
+    def lines(self) -> list[str]:
+        """The plan as a person reads it."""
+        said = self.describe()
+        swept = said["swept_tensors"]
+        passes = "1"
+        if swept:
+            names = ", ".join(swept[:3]) + (f" and {len(swept) - 3} more" if len(swept) > 3 else "")
+            passes = f"1, but {self.passes} over {len(swept)} tensor(s) too large to be held within the budget: {names}"
+        return [
+            f"method         {self.method.name}, numerics {self.numerics}, seed {self.seed}",
+            f"tensors        {said['tensors']} ({said['parameters'] / 1e9:.3f}B parameters)",
+            f"passes         {passes}",
+            f"to read        {format_size(self.bytes_read)}",
+            f"to write       {format_size(self.bytes_written)} in {said['shards']} shard(s)",
+            f"memory         {format_size(self.peak_memory, binary=True)} of buffers within a budget of "
+            f"{format_size(self.budget, binary=True)}, and some 300 MiB for Python and torch",
+            f"free disk      {format_size(said['disk_needed'])} needed",
+            *(f"note           {note}" for note in self.notes),
+        ]
+
+
+def make_plan(
+    method: Method,
+    base: Source | None,
+    models: Sequence[Source],
+    parameters_of: ParametersOf,
+    *,
+    budget: int,
+    shard_size: int = 5_000_000_000,
+    numerics: str = "fp32",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    exclude: Sequence[str] = (),
+    backend: str = "auto",
+    chunk_elements: int | None = None,
+) -> Plan:
+    """Decide a merge.
+
+    base: None for a method that takes none. models: without the base. budget: bytes of buffers. dtype, out_dtype: as in
+    the config: `dtype` is what mergekit's numerics compute in, and the output's dtype unless `out_dtype` is given.
+    exclude: regular expressions; tensors whose name one of them finds are copied from the base (the first model where
+    there is none). chunk_elements: cut every tensor into chunks of so many elements (tests).
+
+    Raises CheckpointError where the models do not fit together, ArgumentError where parameters or budget do not.
+    """
+    if method.needs_base and base is None:
+        raise CheckpointError(
+            f"{method.name} merges what the models changed in a base, and no base is given; name the base model."
+        )
+    if not models:
+        raise CheckpointError("There is nothing to merge: every model given is the base; name at least one other.")
+    matching = match_models(base, models, _excluder(exclude))
+    drafts = [
+        _draft(match, method, parameters_of, numerics, seed, dtype, out_dtype, backend) for match in matching.matches
+    ]
+    resident = isinstance(models[0], StateDictSource)
+    cutter = _Cutter(method, budget, resident, chunk_elements)
+    jobs, in_bytes, out_bytes = cutter.cut(drafts)
+    return Plan(
+        method=method,
+        numerics=numerics,
+        seed=seed,
+        jobs=jobs,
+        resident=resident,
+        budget=budget,
+        in_bytes=in_bytes,
+        out_bytes=out_bytes,
+        shard_size=shard_size,
+        untied=matching.untied,
+        notes=matching.notes,
+    )
+
+
+def _excluder(patterns: Sequence[str]) -> Callable[[str], bool]:
+    compiled = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(pattern))
+        except (re.error, TypeError) as error:
+            raise ArgumentError(f"exclude holds {pattern!r}, which is not a regular expression ({error}).") from None
+    return lambda name: any(pattern.search(name) for pattern in compiled)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A job without its cuts."""
+
+    match: Match
+    held: tuple[torch.dtype, ...]
+    merged: torch.dtype
+    out: torch.dtype
+    context: TensorContext | None
+
+
+def _draft(
+    match: Match,
+    method: Method,
+    parameters_of: ParametersOf,
+    numerics: str,
+    seed: int,
+    dtype: torch.dtype | None,
+    out_dtype: torch.dtype | None,
+    backend: str,
+) -> _Draft:
+    stored = tuple(TORCH_DTYPES[one.info.dtype] for one in match.inputs)
+    if match.action == "same" or not stored[0].is_floating_point:
+        return _Draft(match, stored, stored[0], stored[0], None)
+    if match.action == "copy":
+        out = out_dtype or dtype or stored[0]
+        # float64 is copied as it is, but converted by way of float32 like all that is computed.
+        kept = stored[0] if out == stored[0] else _single(stored[0])
+        return _Draft(match, (kept,), kept, out, None)
+
+    meeting = dtype or _promoted(stored)
+    follows_peer = numerics == "mergekit"
+    held = tuple(_narrowed(_single(one), meeting) if follows_peer else _single(one) for one in stored)
+    natural = meeting if follows_peer else dtype or (stored[0] if match.base is not None else _promoted(stored))
+    out = out_dtype or natural
+    labels = [one.source.ref for one in match.models]
+    shared, each = parameters_of(match.name)
+    context = TensorContext(
+        name=match.name,
+        shape=match.models[0].info.shape,
+        parameters=methods.bind(method, shared, each, tensor=match.name, labels=labels),
+        positions=tuple(range(len(match.models))),
+        compute=method.compute_dtype(meeting, numerics),
+        numerics=numerics,
+        seed=seed,
+        backend=backend,
+    )
+    method.check(context, labels)
+    # The peer rounds to the dtype in which it computes and then converts; otherwise the output is rounded once.
+    return _Draft(match, held, natural if follows_peer else _single(out), out, context)
+
+
+def _single(dtype: torch.dtype) -> torch.dtype:
+    """float64 is computed in float32."""
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _promoted(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    meeting = _single(dtypes[0])
+    for dtype in dtypes[1:]:
+        meeting = torch.promote_types(meeting, _single(dtype))
+    return meeting
+
+
+def _narrowed(dtype: torch.dtype, meeting: torch.dtype) -> torch.dtype:
+    """What an input must be converted to so that its values are those of `meeting`: itself, where they are already."""
+    return dtype if torch.promote_types(dtype, meeting) == meeting else meeting
+
+
+class _Cutter:
+    """Divides the budget, and the tensors into loads that fit their share."""
+
+    def __init__(self, method: Method, budget: int, resident: bool, chunk_elements: int | None) -> None:
+        self.method = method
+        self.budget = budget
+        self.resident = resident
+        self.forced = chunk_elements
+
+    def cut(self, drafts: Sequence[_Draft]) -> tuple[list[Job], int, int]:
+        """The jobs, and the memory for loads and for merged pieces."""
+        usable = self.budget - 2 * READ_BYTES if self.budget > 16 * READ_BYTES else self.budget
+        pieces = [self._piece(draft, usable) for draft in drafts]
+        sizes = [
+            aligned(piece * self._out_itemsize(draft) + PIECE_SLACK)
+            for draft, piece in zip(drafts, pieces, strict=True)
+        ]
+        largest = max(sizes, default=0)
+        out_bytes = max(largest, min(OUT_BLOCKS * largest, usable // 4))
+        share = usable - out_bytes
+        jobs = [self._job(draft, piece, share) for draft, piece in zip(drafts, pieces, strict=True)]
+        if self.resident:
+            return jobs, 0, 0
+        return jobs, min(share, self._wanted(jobs)), out_bytes
+
+    @staticmethod
+    def _out_itemsize(draft: _Draft) -> int:
+        return draft.out.itemsize + (draft.merged.itemsize if draft.merged != draft.out else 0)
+
+    def _unit(self, draft: _Draft) -> int:
+        return 1 if draft.context is None else self.method.cut_unit(draft.context)
+
+    def _piece(self, draft: _Draft, usable: int) -> int:
+        """Elements to merge at once: a few MiB, fewer in a small budget; whole units, and tie blocks if possible."""
+        numel = math.prod(draft.match.inputs[0].info.shape)
+        unit = self._unit(draft)
+        most = self.forced or CHUNK_ELEMENTS
+        if not self.resident:
+            most = min(most, usable // (4 * OUT_BLOCKS * self._out_itemsize(draft)))
+            most = min(most, usable // (4 * sum(dtype.itemsize for dtype in draft.held)))
+        if not self.forced and most > TIE_BLOCK and unit == 1:
+            most -= most % TIE_BLOCK
+        return min(max(most // unit, 1) * unit, max(numel, 1))
+
+    def _job(self, draft: _Draft, piece: int, share: int) -> Job:
+        shape = draft.match.inputs[0].info.shape
+        numel = math.prod(shape)
+        known_after = 1
+        whole = True
+        if draft.context is not None:
+            whole = numel <= piece or (not self.forced and self._fits_whole(draft, numel, piece, share))
+            known_after = 1 if whole else 1 + len(self.method.statistics(draft.context, whole=False))
+            whole = whole and bool(self.method.statistics(draft.context, whole=True))
+        load = numel if whole else piece
+        job = Job(
+            match=draft.match,
+            shape=shape,
+            held=draft.held,
+            merged=draft.merged,
+            out=draft.out,
+            context=draft.context,
+            cuts=(*range(0, numel, max(load, 1)), numel),
+            whole=whole,
+            sweeps=known_after,
+            piece=piece,
+        )
+        if not self.resident and job.load_bytes(min(load, numel)) > share:
+            raise ArgumentError(
+                f"memory_budget of {format_size(self.budget, binary=True)} is too small for {job.name}, of which "
+                f"{format_size(job.load_bytes(load), binary=True)} must be held at once; give at least "
+                f"{format_size(3 * job.load_bytes(load) + 2 * READ_BYTES, binary=True)}."
+            )
+        return job
+
+    def _fits_whole(self, draft: _Draft, numel: int, piece: int, share: int) -> bool:
+        """Whether two loads of the whole tensor fit, so that one is read while the other is merged."""
+        if draft.context is None or (piece < TIE_BLOCK and self._unit(draft) == 1):
+            return False
+        if self.resident:
+            return True
+        return 2 * sum(aligned(numel * dtype.itemsize) for dtype in draft.held) <= share
+
+    def _wanted(self, jobs: Sequence[Job]) -> int:
+        """Memory with which the reader never waits for room: three loads in a row, wherever they are the largest."""
+        loads = [job.load_bytes(job.cuts[1]) for job in jobs if job.numel for _ in range(min(len(job.cuts) - 1, 3))]
+        total = sum(loads)
+        three = max((sum(loads[i : i + 3]) for i in range(len(loads))), default=0)
+        return aligned(max(three, min(AHEAD_BYTES, total)))

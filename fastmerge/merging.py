@@ -1,0 +1,474 @@
+"""Merging, for callers: state dicts in memory, or checkpoints from files to a directory. One plan, one executor."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmerge import backends, methods
+from fastmerge.engine.checkpoint import Checkpoint, open_checkpoint
+from fastmerge.engine.config import MergeConfig, ModelEntry, load_config
+from fastmerge.engine.executor import DictSink, Outcome, ProgressLike, execute
+from fastmerge.engine.manifest import build_manifest, merge_digest, package_version
+from fastmerge.engine.parameters import ParameterTable, count_layers
+from fastmerge.engine.plan import NUMERICS, Plan, make_plan
+from fastmerge.engine.report import MergeReport, copy_fraction
+from fastmerge.engine.sources import TORCH_DTYPES, StateDictSource
+from fastmerge.engine.writer import ModelWriter, OutputTensor
+from fastmerge.errors import ArgumentError, ArgumentTypeError, CheckpointError, ConfigError
+from fastmerge.sizes import parse_size
+
+__all__ = ["merge", "merge_checkpoints", "plan_checkpoints"]
+
+ON_NONFINITE = ("error", "warn", "zero")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PLENTY = 1 << 62
+"""The budget where nothing is read: the inputs are in memory already."""
+
+
+# -- in memory
+
+
+def merge(
+    models: Sequence[Mapping[str, torch.Tensor] | torch.nn.Module],
+    *,
+    base: Mapping[str, torch.Tensor] | torch.nn.Module | None = None,
+    method: str = "ties",
+    backend: str | None = "auto",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    numerics: str = "fp32",
+    seed: int = 0,
+    exclude: str | Iterable[str] = (),
+    on_nonfinite: str = "error",
+    **parameters: Any,
+) -> dict[str, torch.Tensor]:
+    """Merge models in memory.
+
+    Args:
+        models: state dicts (name -> tensor on the CPU) or modules, all with the same names and shapes. Any strides;
+            float32, bfloat16, float16 or float64 (computed in float32), mixed as you like. They are not changed.
+        base: what the models were fine-tuned from; every method but linear needs it. If it is given to linear, it is
+            one model more, the last, and has its own weight.
+        method: a name from `fastmerge.methods.names()`.
+        backend: "auto" (the fastest that works), "cpu" or "reference".
+        device: None or "cpu".
+        dtype: the output's dtype (float32, bfloat16 or float16); None for the base's, tensor by tensor, and for linear
+            the one in which the inputs' dtypes meet.
+        numerics: "fp32", or "mergekit" to round as mergekit does.
+        seed: of the random methods; the same seed drops the same elements whatever the machine.
+        exclude: regular expressions; tensors whose name one of them finds are copied from the base (the first model).
+        on_nonfinite: "error" where an input holds NaN or Inf, "warn", or "zero" to merge zeros in their place.
+        **parameters: the method's, see `fastmerge.methods.describe(method)`: a number, or for those that are per model
+            a list with one per model. lambda is written `lambda_`.
+
+    Returns:
+        name -> tensor, contiguous, never an alias of an input. Tensors of integers and bools are copied from the base.
+        The values are the bits that `merge_checkpoints` writes for the same models.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: models that do not fit together, or parameters that the method cannot take.
+        MergeError: NaN or Inf in an input.
+
+    Sources: `fastmerge.methods.describe(method)["source"]`.
+    """
+    chosen = methods.get(method)
+    _check_device(device)
+    _check_common(numerics, seed, on_nonfinite, backend)
+    if isinstance(models, Mapping | torch.nn.Module) or not isinstance(models, Sequence):
+        raise ArgumentTypeError("models must be a list of state dicts or modules; wrap a single one as [model].")
+    sources = [StateDictSource(f"models[{index}]", model) for index, model in enumerate(models)]
+    based = None if base is None else StateDictSource("base", base)
+    if based is not None and not chosen.needs_base:
+        sources.append(based)
+        based = None
+    try:
+        plan = make_plan(
+            chosen,
+            based,
+            sources,
+            _fixed_parameters(chosen, parameters, len(sources)),
+            budget=_PLENTY,
+            numerics=numerics,
+            seed=seed % (1 << 64),
+            out_dtype=_dtype(dtype),
+            exclude=[exclude] if isinstance(exclude, str) else list(exclude),
+            backend=backend or "auto",
+        )
+    except CheckpointError as error:
+        raise ArgumentError(str(error)) from None
+    sink = DictSink(plan)
+    outcome = execute(plan, sink, on_nonfinite=on_nonfinite, backend=backend or "auto")  # type: ignore[arg-type]
+    if outcome.nonfinite and on_nonfinite == "warn":
+        warnings.warn(_nonfinite_sentence(outcome), stacklevel=2)
+    return sink.tensors
+
+
+def _fixed_parameters(method: methods.Method, given: Mapping[str, Any], models: int) -> Any:
+    """Resolves keyword arguments: the same values for every tensor."""
+    known = methods.parameters(method.name)
+    by_python_name = {parameter.python_name: parameter for parameter in known.values()}
+    shared: dict[str, Any] = {}
+    each: list[dict[str, Any]] = [{} for _ in range(models)]
+    for name, value in given.items():
+        parameter = by_python_name.get(name) or known.get(name)
+        if parameter is None:
+            raise ArgumentError(methods.explain_unknown_parameter(name.removesuffix("_"), method.name))
+        if isinstance(value, torch.Tensor):
+            value = value.tolist()
+        if not parameter.per_model:
+            shared[parameter.name] = value
+            continue
+        values = list(value) if isinstance(value, list | tuple) else [value] * models
+        if len(values) != models:
+            raise ArgumentError(
+                f"{name} has {len(values)} values for {models} models; give one number or one per model."
+            )
+        for mapping, one in zip(each, values, strict=True):
+            mapping[parameter.name] = one
+    return lambda tensor: (shared, each)
+
+
+# -- checkpoints
+
+
+def merge_checkpoints(
+    config: Path | str | Mapping[str, Any],
+    out: Path | str,
+    *,
+    device: str = "auto",
+    memory_budget: str | int = "4GiB",
+    shard_size: str | int = "5GB",
+    numerics: str = "fp32",
+    seed: int = 0,
+    on_nonfinite: str = "error",
+    backend: str | None = None,
+    threads: int | None = None,
+    progress: ProgressLike | None = None,
+) -> MergeReport:
+    """Merge checkpoints into a new Hugging Face directory, reading, merging and writing at the same time.
+
+    Args:
+        config: a YAML file, YAML text or a dict, in mergekit's `models:` form.
+        out: the directory to make: absent, or an empty directory. It appears when everything is on the disk.
+        device: "auto" or "cpu".
+        memory_budget: bytes of buffers, such as "4GiB" or an int; Python and torch themselves come on top.
+        shard_size: most bytes per output file.
+        numerics: "fp32", or "mergekit" to round as mergekit does.
+        seed: of the random methods.
+        on_nonfinite: "error" where an input holds NaN or Inf, "warn" to count them in the report, or "zero" to merge
+            zeros in their place.
+        backend: None or "auto" (the fastest that works), "cpu" or "reference".
+        threads: of the kernels; None for all that the process may use.
+        progress: told about the bytes read; see `fastmerge.engine.report.Progress`.
+
+    Returns:
+        What was done, with a digest of the result. The bits depend on the models, the config, numerics and seed alone.
+
+    Raises:
+        ConfigError, CheckpointError, ArgumentError: found before any tensor is read.
+        MergeError: the merge failed; nothing half-written is left. Ctrl-C leaves nothing either.
+    """
+    began = time.perf_counter()
+    settings = load_config(config)
+    with ExitStack() as stack:
+        opened, plan = _open_and_plan(
+            stack, settings, device, memory_budget, shard_size, numerics, seed, on_nonfinite, backend
+        )
+        kernels = backends.resolve(backend)
+        stack.enter_context(_threads(kernels, threads))
+        first = opened[0]
+        writer = ModelWriter(
+            Path(out),
+            plan.outputs,
+            shard_size=plan.shard_size,
+            config=_output_config(first.config, plan),
+            side_files=first.side_files(),
+        )
+        started = time.perf_counter()
+        try:
+            outcome = execute(
+                plan,
+                _WriterSink(writer),
+                on_nonfinite=on_nonfinite,  # type: ignore[arg-type]
+                backend=backend or "auto",
+                progress=progress,
+            )
+            finishing = time.perf_counter()
+            name = backends.name_of(kernels)
+            digest = merge_digest(plan.outputs, writer.digests)
+            writer.finish(
+                manifest=build_manifest(
+                    method=plan.method.name,
+                    config=settings.source,
+                    inputs=[checkpoint.identity() for checkpoint in opened],
+                    tensors=plan.outputs,
+                    digests=writer.digests,
+                    numerics=numerics,
+                    seed=seed,
+                    backend=name,
+                    nonfinite=outcome.nonfinite,
+                ),
+                card_yaml=settings.source,
+                card_info=_card_info(settings, plan, digest, Path(out)),
+            )
+        except KeyboardInterrupt:
+            writer.abort()
+            raise KeyboardInterrupt("The merge was interrupted; nothing of it is left behind.") from None
+        except BaseException:
+            writer.abort()
+            raise
+    ended = time.perf_counter()
+    seconds = {"start_up": started - began, **outcome.seconds, "total": ended - began}
+    seconds["writing"] += ended - finishing
+    return MergeReport(
+        out=str(out),
+        method=plan.method.name,
+        tensors=len(plan.jobs),
+        parameters=sum(job.numel for job in plan.jobs),
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.bytes_written,
+        passes=plan.passes,
+        seconds=seconds,
+        nonfinite=outcome.nonfinite,
+        digest=digest,
+        backend=name,
+        copy_fraction=copy_fraction(plan.bytes_read + plan.bytes_written, ended - started),
+    )
+
+
+def plan_checkpoints(
+    config: Path | str | Mapping[str, Any],
+    out: Path | str | None = None,
+    *,
+    device: str = "auto",
+    memory_budget: str | int = "4GiB",
+    shard_size: str | int = "5GB",
+    numerics: str = "fp32",
+    seed: int = 0,
+    on_nonfinite: str = "error",
+    backend: str | None = None,
+) -> Plan:
+    """Decide a merge of checkpoints and stop there: `merge_checkpoints` without reading a tensor or writing a byte.
+
+    The arguments and errors are those of `merge_checkpoints`; when `out` is given, it and the disk's free space are
+    checked, too.
+    """
+    with ExitStack() as stack:
+        opened, plan = _open_and_plan(
+            stack, load_config(config), device, memory_budget, shard_size, numerics, seed, on_nonfinite, backend
+        )
+        if out is not None:
+            from fastmerge.engine.atomic import check_target
+
+            side_bytes = sum(file.stat().st_size for file in opened[0].side_files())
+            check_target(Path(out), plan.bytes_written + side_bytes)
+    return plan
+
+
+def _open_and_plan(
+    stack: ExitStack,
+    config: MergeConfig,
+    device: str,
+    memory_budget: str | int,
+    shard_size: str | int,
+    numerics: str,
+    seed: int,
+    on_nonfinite: str,
+    backend: str | None,
+) -> tuple[list[Checkpoint], Plan]:
+    """Check everything that needs no model, open the models, and plan. The first one opened says what is taken over."""
+    _check_device(None if device == "auto" else device)
+    _check_common(numerics, seed, on_nonfinite, backend)
+    budget = parse_size(memory_budget, name="memory_budget")
+    shard_bytes = parse_size(shard_size, name="shard_size")
+    method, entries = _check_method(config)
+
+    base_ref = config.base_model if method.needs_base else None
+    refs = ([base_ref] if base_ref is not None else []) + [entry.model for entry in entries]
+    opened = [stack.enter_context(open_checkpoint(ref)) for ref in refs]
+    base = opened[0] if base_ref is not None else None
+    models = opened if base is None else opened[1:]
+
+    layers = count_layers(opened[0].tensors, opened[0].config)
+    known = methods.parameters(method.name)
+    table = ParameterTable(
+        config, layers, kinds={name: parameter.kind for name, parameter in known.items()}, entries=entries
+    )
+    try:
+        plan = make_plan(
+            method,
+            base,
+            models,
+            table.for_tensor,
+            budget=budget,
+            shard_size=shard_bytes,
+            numerics=numerics,
+            seed=seed % (1 << 64),
+            dtype=_dtype(config.dtype),
+            out_dtype=_dtype(config.out_dtype),
+            backend=backend or "auto",
+        )
+    except methods.ParameterError as error:
+        raise ConfigError(f"{_where(config, entries, error)}: {error}") from None
+    return opened, plan
+
+
+def _where(config: MergeConfig, entries: Sequence[ModelEntry], error: methods.ParameterError) -> str:
+    """The line of the config from which a refused value came: the model's own setting, or the global one."""
+    for entry in entries:
+        if entry.model == error.model and error.parameter in entry.parameters:
+            return config.where((*entry.path, "parameters", error.parameter))
+    if error.parameter in config.parameters:
+        return config.where(("parameters", error.parameter))
+    return config.where()
+
+
+def _check_method(config: MergeConfig) -> tuple[methods.Method, Sequence[ModelEntry]]:
+    """The method, and the models that it merges; its parameters' names and the base are checked on the way."""
+    try:
+        method = methods.get(config.merge_method)
+    except ArgumentError as error:
+        raise ConfigError(f"{config.where(('merge_method',))}: {error}") from None
+    known = methods.parameters(method.name)
+    places: list[tuple[tuple[str | int, ...], dict[str, Any]]] = [(("parameters",), config.parameters)]
+    places += [((*entry.path, "parameters"), entry.parameters) for entry in config.entries]
+    for path, settings in places:
+        for name in settings:
+            if name not in known:
+                sentence = methods.explain_unknown_parameter(name, method.name)
+                raise ConfigError(f"{config.where((*path, name))}: {sentence}")
+    if not method.needs_base:
+        entries = list(config.entries)
+        if config.base_model is not None and len(config.entries) == len(config.models):
+            # The peer adds a base that is not listed as one model more, with the global parameters.
+            entries.append(ModelEntry(config.base_model))
+        return method, entries
+    if config.base_model is None:
+        raise ConfigError(
+            f"{config.where()}: {method.name} merges what the models changed in a base; add `base_model:`."
+        )
+    if not config.models:
+        raise ConfigError(
+            f"{config.where(('models',))}: the base is the only model listed, there is nothing to merge; list others."
+        )
+    return method, config.models
+
+
+class _WriterSink:
+    """A directory being written."""
+
+    def __init__(self, writer: ModelWriter) -> None:
+        self._writer = writer
+
+    def target(self, name: str, start: int, stop: int) -> None:
+        """Files lend no memory."""
+        return None
+
+    def write(self, name: str, start_byte: int, data: memoryview) -> None:
+        """Write and digest."""
+        self._writer.write(name, start_byte, data)
+
+
+def _output_config(config: Mapping[str, Any] | None, plan: Plan) -> dict[str, Any] | None:
+    """The first model's config with the dtype of what is written, and without a tie that no longer holds."""
+    if config is None:
+        return None
+    result = dict(config)
+    sizes: dict[str, int] = {}
+    for tensor, job in zip(plan.outputs, plan.jobs, strict=True):
+        if job.out.is_floating_point:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    if sizes:
+        most = str(TORCH_DTYPES[max(sizes, key=sizes.__getitem__)]).removeprefix("torch.")
+        keys = [key for key in ("dtype", "torch_dtype") if key in result] or ["torch_dtype"]
+        result |= dict.fromkeys(keys, most)
+    if plan.untied:
+        holder = result.get("text_config")
+        if isinstance(holder, Mapping) and "tie_word_embeddings" in holder:
+            result["text_config"] = {**holder, "tie_word_embeddings": False}
+        result["tie_word_embeddings"] = False
+    return result
+
+
+def _card_info(config: MergeConfig, plan: Plan, digest: str, out: Path) -> dict[str, Any]:
+    dtypes: list[OutputTensor] = plan.outputs
+    return {
+        "name": out.name,
+        "method": plan.method.name,
+        "summary": plan.method.title,
+        "source": plan.method.source,
+        "base_model": config.base_model,
+        "models": [entry.model for entry in config.entries],
+        "numerics": plan.numerics,
+        "seed": plan.seed,
+        "dtype": max({tensor.dtype for tensor in dtypes}, key=[tensor.dtype for tensor in dtypes].count),
+        "version": package_version("fastmerge"),
+        "digest": digest,
+    }
+
+
+# -- arguments
+
+
+def _check_common(numerics: str, seed: int, on_nonfinite: str, backend: str | None) -> None:
+    if numerics not in NUMERICS:
+        raise ArgumentError(f"numerics must be one of {', '.join(NUMERICS)}, not {numerics!r}.")
+    if on_nonfinite not in ON_NONFINITE:
+        raise ArgumentError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, not {on_nonfinite!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ArgumentTypeError(f"seed must be an int, not {seed!r}.")
+    backends.resolve(backend)
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    if device is None:
+        return
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        raise ArgumentError(f"device must be None or 'cpu', not {device!r}.") from None
+    if kind != "cpu":
+        raise ArgumentError(
+            f"device {str(device)!r} is not supported in this version; merge on the CPU (device='cpu')."
+        )
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    found = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ArgumentError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}.")
+    return found
+
+
+@contextmanager
+def _threads(kernels: Any, threads: int | None) -> Iterator[None]:
+    """Let the kernels use so many threads, and as many as before afterwards."""
+    if threads is None:
+        yield
+        return
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ArgumentError(f"threads must be a whole number from 1 on, not {threads!r}.")
+    count = getattr(kernels, "threads", torch.get_num_threads)
+    set_count = getattr(kernels, "set_threads", torch.set_num_threads)
+    before = count()
+    set_count(threads)
+    try:
+        yield
+    finally:
+        set_count(before)
+
+
+def _nonfinite_sentence(outcome: Outcome) -> str:
+    found = [(ref, name, *counts) for ref, tensors in outcome.nonfinite.items() for name, counts in tensors.items()]
+    ref, name, nan, inf = found[0]
+    more = f" and {len(found) - 1} more tensors" if len(found) > 1 else ""
+    return f"NaN or Inf in the inputs: {name!r} of {ref} ({nan} NaN, {inf} Inf){more}."

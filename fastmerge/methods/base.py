@@ -1,0 +1,132 @@
+"""What a merge method is: parameters, the statistics it needs first, and the merge of one chunk.
+
+A method never opens a file and never loops over a model. The executor brings it chunks, lets its statistics observe
+them, and hands the finished statistics back with each chunk that is to be merged.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from fastmerge import ops
+from fastmerge.methods.parameters import Parameters
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Elements [offset, offset + numel) of one tensor, from the base and from each model: flat, contiguous tensors."""
+
+    offset: int
+    base: torch.Tensor | None
+    models: list[torch.Tensor]
+
+    @property
+    def numel(self) -> int:
+        """How many elements there are."""
+        return self.models[0].numel()
+
+    def part(self, start: int, stop: int) -> Chunk:
+        """Elements [start, stop), counted from this chunk's beginning, as views."""
+        return replace(
+            self,
+            offset=self.offset + start,
+            base=None if self.base is None else self.base[start:stop],
+            models=[model[start:stop] for model in self.models],
+        )
+
+
+@dataclass(frozen=True)
+class TensorContext:
+    """All that is known about one tensor's merge before any of its elements is read.
+
+    parameters: the values for this tensor, one per model where the parameter is per model. compute: the dtype that
+    intermediate results are rounded to. positions: each model's place among the models, which names its random stream.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: Parameters
+    positions: tuple[int, ...]
+    compute: torch.dtype = torch.float32
+    numerics: str = "fp32"
+    seed: int = 0
+    backend: str = "auto"
+
+    @property
+    def numel(self) -> int:
+        """How many elements the tensor has."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def tensor_id(self) -> int:
+        """What the random streams know the tensor by."""
+        return ops.tensor_id(self.name)
+
+
+Known = Mapping[str, Any]
+"""The statistics that are finished, by name."""
+
+
+class Statistic(ABC):
+    """What must be known about a whole tensor before any of it can be merged: a monoid.
+
+    The states of disjoint chunks add up, in any grouping, to the state of all of them; `finish` turns the sum into what
+    the merge needs. A statistic may use those listed before it, which are finished by then.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def observe(self, chunk: Chunk, known: Known) -> Any:
+        """The state of one chunk."""
+
+    @abstractmethod
+    def add(self, state: Any, other: Any) -> Any:
+        """The state of both."""
+
+    @abstractmethod
+    def finish(self, state: Any, known: Known) -> Any:
+        """What the merge needs."""
+
+
+class Method(ABC):
+    """One merge method. Instances hold no state."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    source: ClassVar[str]
+    needs_base: ClassVar[bool]
+    sweeps: ClassVar[str]
+    """In words, for people: the sweeps over a tensor that is cut, and what they are for."""
+    Parameters: ClassVar[type[Parameters]]
+
+    def check(self, context: TensorContext, labels: Sequence[str]) -> None:
+        """Refuse values that are each in range but do not go together, with an ArgumentError. labels: the models'."""
+        return None
+
+    @abstractmethod
+    def compute_dtype(self, dtype: torch.dtype, numerics: str) -> torch.dtype:
+        """What intermediate results are rounded to when the inputs meet in `dtype`."""
+
+    def cut_unit(self, context: TensorContext) -> int:
+        """Chunks of this tensor must begin at multiples of so many elements."""
+        return 1
+
+    @abstractmethod
+    def statistics(self, context: TensorContext, whole: bool) -> list[Statistic]:
+        """What must be known first, in order; each costs a sweep over the tensor. none = it merges as it is read.
+
+        whole: each statistic will observe one chunk that is the whole tensor, and never has to add.
+        """
+
+    @abstractmethod
+    def merge(self, context: TensorContext, chunk: Chunk, known: Known, out: torch.Tensor) -> None:
+        """Write the merged chunk to `out` (flat, chunk.numel elements, any floating dtype)."""

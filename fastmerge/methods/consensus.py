@@ -1,0 +1,197 @@
+"""One formula behind eight methods: sparsify each delta, weigh, perhaps elect a sign, add, divide, scale, add the base.
+
+    out = base + lambda * sum_i(m_i w_i s_i) / divisor          s_i = the sparsified delta of model i
+
+with m_i from the sign election (TIES) or 1, and the divisor the sum of the weights that took part, or 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from fastmerge import ops
+from fastmerge.backends.rule import SparsifyRule
+from fastmerge.methods.base import Chunk, Known, Method, Statistic, TensorContext
+from fastmerge.methods.parameters import Finite, Fraction, Parameters, per_model, shared
+from fastmerge.methods.statistics import (
+    KeyHistogram,
+    RankBounds,
+    RankBoundsOfWhole,
+    Ranks,
+    Rescale,
+    StreamedBounds,
+    kept_ranks,
+    kept_ranks_without_outliers,
+    trivial_bounds,
+)
+
+Sparsify = Literal["none", "magnitude", "outliers", "bernoulli", "della"]
+
+
+class ConsensusParameters(Parameters):
+    """What all of them take; `density` is the fraction that sparsification keeps."""
+
+    weight: tuple[Finite, ...] = per_model("how much of the model's delta to add")
+    density: tuple[Fraction, ...] = per_model("fraction of each delta that is kept", default=1.0)
+    lambda_: Finite = shared(1.0, "scales the merged delta before it is put on the base", alias="lambda")
+    normalize: bool = shared(False, "divide by the sum of the weights that took part")
+    rescale: bool = shared(False, "give each sparsified delta its L1 norm back")
+    int8_mask: bool = shared(False, "accepted and without effect: no mask is stored")
+
+
+class ConsensusMethod(Method):
+    """A method is a choice of sparsification and whether there is a sign election."""
+
+    needs_base = True
+    sparsify: ClassVar[Sparsify] = "none"
+    election: ClassVar[bool] = False
+    Parameters: ClassVar[type[Parameters]] = ConsensusParameters
+
+    def compute_dtype(self, dtype: torch.dtype, numerics: str) -> torch.dtype:
+        """float32, or with numerics="mergekit" the dtype in which the inputs meet."""
+        return dtype if numerics == "mergekit" else torch.float32
+
+    # -- what is kept
+
+    def _parameters(self, context: TensorContext) -> Any:
+        return context.parameters
+
+    def _cuts(self, context: TensorContext) -> bool:
+        """Whether anything is sparsified at all."""
+        return self.sparsify != "none" and any(density < 1 for density in self._parameters(context).density)
+
+    def _ranks(self, context: TensorContext) -> Ranks:
+        parameters = self._parameters(context)
+        if self.sparsify == "outliers":
+            return kept_ranks_without_outliers(context.numel, parameters.density, parameters.gamma)
+        return kept_ranks(context.numel, parameters.density)
+
+    def _row_axis(self, context: TensorContext) -> int:
+        """DELLA ranks along the last dimension; the peer's numbers rank along dimension 1."""
+        axis = 1 if context.numerics == "mergekit" and len(context.shape) >= 3 else len(context.shape) - 1
+        return max(axis, 0)
+
+    def _row_length(self, context: TensorContext) -> int:
+        if len(context.shape) < 2:
+            return max(context.numel, 1)
+        return max(context.shape[self._row_axis(context)], 1)
+
+    def _rule(self, context: TensorContext, chunk: Chunk, known: Known) -> SparsifyRule:
+        """Which elements of this chunk are kept."""
+        parameters = self._parameters(context)
+        if not self._cuts(context):
+            return SparsifyRule(method="none")
+        if self.sparsify in ("magnitude", "outliers"):
+            bounds = known.get("bounds") or StreamedBounds(trivial_bounds(self._ranks(context)), context)
+            return SparsifyRule(method="band", bounds=bounds.values, ties_before=bounds.ties_before(chunk))
+        della = self.sparsify == "della"
+        return SparsifyRule(
+            method="della" if della else "bernoulli",
+            density=list(parameters.density),
+            epsilon=list(parameters.epsilon) if della else [],
+            row_length=self._row_length(context) if della else 1,
+            seed=context.seed,
+            tensor_id=context.tensor_id,
+            positions=list(context.positions),
+            offset=chunk.offset,
+        )
+
+    # -- chunks
+
+    def cut_unit(self, context: TensorContext) -> int:
+        """Whole rows for DELLA, whole slices of dimension 0 where its rows do not lie in one piece."""
+        if self.sparsify != "della" or not self._cuts(context):
+            return 1
+        if len(context.shape) < 2:
+            return max(context.numel, 1)
+        if self._row_axis(context) != len(context.shape) - 1:
+            return max(prod(context.shape[1:]), 1)
+        return self._row_length(context)
+
+    def _arranged(self, context: TensorContext, flat: torch.Tensor) -> torch.Tensor:
+        """`flat` with the ranked dimension last, so that each row lies in one piece."""
+        axis = self._row_axis(context)
+        if self.sparsify != "della" or axis >= len(context.shape) - 1 or not self._cuts(context):
+            return flat
+        return flat.reshape(-1, *context.shape[1:]).movedim(axis, -1).reshape(-1)
+
+    def _arranged_chunk(self, context: TensorContext, chunk: Chunk) -> Chunk:
+        return replace(
+            chunk,
+            base=None if chunk.base is None else self._arranged(context, chunk.base),
+            models=[self._arranged(context, model) for model in chunk.models],
+        )
+
+    # -- statistics and merge
+
+    def statistics(self, context: TensorContext, whole: bool) -> list[Statistic]:
+        """Rank bounds for the magnitude rules, and L1 sums when rescaling; nothing where nothing is cut off."""
+        if not self._cuts(context) or context.numel == 0:
+            return []
+        needed: list[Statistic] = []
+        if self.sparsify in ("magnitude", "outliers"):
+            ranks = self._ranks(context)
+            if ranks.cuts(context.numel):
+                streamed = [KeyHistogram(context), RankBounds(context, ranks)]
+                needed += [RankBoundsOfWhole(context, ranks)] if whole else streamed
+        if self._parameters(context).rescale:
+            # The peer takes these ratios in float32 where its random masks meet float16.
+            random_half = context.compute == torch.float16 and self.sparsify in ("bernoulli", "della")
+            needed.append(
+                Rescale(
+                    context,
+                    rule=lambda chunk, known: self._rule(context, chunk, known),
+                    arranged=lambda chunk: self._arranged_chunk(context, chunk),
+                    precision=torch.float32 if random_half else context.compute,
+                )
+            )
+        return needed
+
+    def merge(self, context: TensorContext, chunk: Chunk, known: Known, out: torch.Tensor) -> None:
+        """One pass over the chunk: the masks are recomputed from the bounds, never stored."""
+        parameters = self._parameters(context)
+        rule = self._rule(context, chunk, known)
+        arranged = self._arranged_chunk(context, chunk)
+        in_place = all(a is b for a, b in zip(arranged.models, chunk.models, strict=True))
+        target = out if in_place else torch.empty_like(out)
+        ops.consensus_apply(
+            arranged.base,
+            arranged.models,
+            list(parameters.weight),
+            inputs="models",
+            rule=rule,
+            scales=known.get("scales", [1.0] * len(chunk.models)),
+            election="weighted" if self.election else "none",
+            zero_sign="positive",
+            divisor="weights" if parameters.normalize else "none",
+            divisor_value=self._divisor(context),
+            lambda_=parameters.lambda_,
+            compute=context.compute,
+            out=target,
+            backend=context.backend,
+        )
+        if not in_place:
+            axis = self._row_axis(context)
+            moved = [*context.shape[1:axis], *context.shape[axis + 1 :], context.shape[axis]]
+            out.view(-1, *context.shape[1:]).copy_(target.view(-1, *moved).movedim(-1, axis))
+
+    def _divisor(self, context: TensorContext) -> float:
+        """The sum of all weights, 1 where it is next to nothing: the divisor where no election picks who takes part."""
+        total = weight_sum(self._parameters(context).weight, context.compute, context.numerics)
+        return 1.0 if abs(total) < 1e-8 else total
+
+
+def weight_sum(weights: Sequence[float], compute: torch.dtype, numerics: str) -> float:
+    """The sum of the weights in float32 from left to right, or with numerics="mergekit" as torch adds a column up."""
+    column = torch.tensor(list(weights), dtype=compute).reshape(-1, 1)
+    if numerics == "mergekit":
+        return float(column.sum(dim=0))
+    total = column[0].to(torch.float32)
+    for weight in column[1:]:
+        total = total + weight
+    return float(total)

@@ -1,0 +1,223 @@
+"""The statistics that consensus methods need: rank bounds of each model's deltas, and their L1 mass.
+
+While a tensor is in memory, its rank bounds are found in one go. When it is cut into chunks they come from two sweeps
+of histograms: the first tells which 2**15 neighbouring keys hold a bound, the second which of those keys it is.
+Histograms are counts and add, so that the cuts do not show in the result.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fastmerge import ops
+from fastmerge.backends.rule import TIE_BLOCK, SparsifyRule
+from fastmerge.methods.base import Chunk, Known, Statistic, TensorContext
+
+
+class Bounds(ABC):
+    """The bounds of the kept ranks, and for any chunk how many tied elements come before each of its blocks."""
+
+    values: torch.Tensor
+    """int64[n, 2, 2]: threshold and tie count of the first kept rank and of the first one after."""
+
+    @abstractmethod
+    def ties_before(self, chunk: Chunk) -> torch.Tensor:
+        """int64[n, 2, blocks of the chunk]."""
+
+
+@dataclass(frozen=True)
+class WholeBounds(Bounds):
+    """Bounds of a tensor whose every tie block has been counted already."""
+
+    values: torch.Tensor
+    ties: torch.Tensor
+
+    def ties_before(self, chunk: Chunk) -> torch.Tensor:
+        """The tensor's own blocks, as far as the chunk reaches; it must begin at a block's beginning."""
+        first = chunk.offset // TIE_BLOCK
+        count = max(1, -(-chunk.numel // TIE_BLOCK))
+        return self.ties[:, :, first : first + count].contiguous()
+
+
+@dataclass
+class StreamedBounds(Bounds):
+    """Bounds of a tensor that comes in chunks: ties are counted as chunks pass, in rising order, and remembered."""
+
+    values: torch.Tensor
+    context: TensorContext
+    _total: torch.Tensor = field(init=False)
+    _before: dict[int, torch.Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._total = torch.zeros(len(self.values), 2, 1, dtype=torch.int64)
+
+    def ties_before(self, chunk: Chunk) -> torch.Tensor:
+        """Counted when the chunk is first seen; a later sweep with the same cuts finds it in the ledger."""
+        if not self.values[:, :, 1].any():
+            return torch.zeros(len(self.values), 2, max(1, -(-chunk.numel // TIE_BLOCK)), dtype=torch.int64)
+        if chunk.offset not in self._before:
+            counts = ops.tie_counts(
+                chunk.base, chunk.models, self.values, compute=self.context.compute, backend=self.context.backend
+            )
+            running = counts.cumsum(dim=2)
+            self._before[chunk.offset] = self._total + running - counts
+            self._total = self._total + running[:, :, -1:]
+        return self._before[chunk.offset]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks [first[i], last[i]) to keep of each model, by falling magnitude."""
+
+    first: list[int]
+    last: list[int]
+
+    def cuts(self, numel: int) -> list[tuple[int, int, int]]:
+        """(model, which of its two bounds, rank) wherever something is really cut off."""
+        both = enumerate(zip(self.first, self.last, strict=True))
+        return [(i, which, rank) for i, pair in both for which, rank in enumerate(pair) if 0 < rank < numel]
+
+
+@dataclass(frozen=True)
+class RankBoundsOfWhole(Statistic):
+    """Rank bounds of a tensor that is in memory."""
+
+    context: TensorContext
+    ranks: Ranks
+    name = "bounds"
+
+    def observe(self, chunk: Chunk, known: Known) -> WholeBounds:
+        """The chunk is the whole tensor."""
+        bounds, ties = ops.magnitude_bounds(
+            chunk.base,
+            chunk.models,
+            self.ranks.first,
+            self.ranks.last,
+            compute=self.context.compute,
+            backend=self.context.backend,
+        )
+        return WholeBounds(bounds, ties)
+
+    def add(self, state: WholeBounds, other: WholeBounds) -> WholeBounds:
+        """Never needed: there is one chunk."""
+        raise AssertionError("a whole tensor is one chunk")
+
+    def finish(self, state: WholeBounds, known: Known) -> WholeBounds:
+        """As observed."""
+        return state
+
+
+@dataclass(frozen=True)
+class KeyHistogram(Statistic):
+    """First sweep: how many deltas of each model have which leading 16 bits, int64[n, 65536]."""
+
+    context: TensorContext
+    name = "key_histogram"
+
+    def observe(self, chunk: Chunk, known: Known) -> torch.Tensor:
+        """Count one chunk."""
+        everywhere = [-1] * len(chunk.models)
+        return ops.key_histogram(
+            chunk.base, chunk.models, everywhere, compute=self.context.compute, backend=self.context.backend
+        )
+
+    def add(self, state: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Counts add."""
+        return state.add_(other)
+
+    def finish(self, state: torch.Tensor, known: Known) -> torch.Tensor:
+        """The counts."""
+        return state
+
+
+@dataclass(frozen=True)
+class RankBounds(Statistic):
+    """Second sweep: of the deltas whose leading bits are a bound's, how many have which trailing 15 bits."""
+
+    context: TensorContext
+    ranks: Ranks
+    name = "bounds"
+
+    def observe(self, chunk: Chunk, known: Known) -> torch.Tensor:
+        """Count one chunk: int64[cuts, 32768], a row for each bound that cuts something off."""
+        cuts = self.ranks.cuts(self.context.numel)
+        level0 = known[KeyHistogram.name]
+        return ops.key_histogram(
+            chunk.base,
+            [chunk.models[model] for model, _, _ in cuts],
+            [ops.bound_prefix(level0[model], rank) for model, _, rank in cuts],
+            compute=self.context.compute,
+            backend=self.context.backend,
+        )
+
+    def add(self, state: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Counts add."""
+        return state.add_(other)
+
+    def finish(self, state: torch.Tensor, known: Known) -> StreamedBounds:
+        """The bounds: thresholds, and ties where a cut falls inside a group of equal keys."""
+        values = trivial_bounds(self.ranks)
+        level0 = known[KeyHistogram.name]
+        for row, (model, which, rank) in enumerate(self.ranks.cuts(self.context.numel)):
+            values[model, which] = torch.tensor(ops.bound(level0[model], state[row], rank), dtype=torch.int64)
+        return StreamedBounds(values, self.context)
+
+
+def trivial_bounds(ranks: Ranks) -> torch.Tensor:
+    """int64[n, 2, 2], right for each rank at which nothing is cut off: the first and the one after the last."""
+    pairs = zip(ranks.first, ranks.last, strict=True)
+    return torch.tensor([[[0 if rank > 0 else 1 << 31, 0] for rank in pair] for pair in pairs], dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Rescale(Statistic):
+    """The factor that gives each sparsified delta its L1 norm back: exact sums before and after, divided once."""
+
+    context: TensorContext
+    rule: Callable[[Chunk, Known], SparsifyRule]
+    arranged: Callable[[Chunk], Chunk]
+    precision: torch.dtype
+    name = "scales"
+
+    def observe(self, chunk: Chunk, known: Known) -> torch.Tensor:
+        """int64[n, 2, 12] limbs of the two sums of each model."""
+        rule = self.rule(chunk, known)
+        chunk = self.arranged(chunk)
+        return ops.l1_sums(chunk.base, chunk.models, rule, compute=self.context.compute, backend=self.context.backend)
+
+    def add(self, state: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Limbs add; their carries wait until the end."""
+        return state.add_(other)
+
+    def finish(self, state: torch.Tensor, known: Known) -> list[float]:
+        """One factor per model."""
+        return [ops.l1_scale(limbs, self.precision) for limbs in state]
+
+
+def kept_ranks(numel: int, densities: Sequence[float]) -> Ranks:
+    """TIES (Yadav et al., arXiv 2306.01708): the int(density * numel) largest, at least one unless the density is 0."""
+    last = [0 if d <= 0 else numel if d >= 1 else max(1, int(d * numel)) for d in densities]
+    return Ranks([0] * len(last), [min(rank, numel) for rank in last])
+
+
+def kept_ranks_without_outliers(numel: int, densities: Sequence[float], gammas: Sequence[float]) -> Ranks:
+    """Model Breadcrumbs: drop the int(gamma * numel) largest, keep the next int(density * numel).
+
+    Where both do not fit, fewer outliers are dropped, so that the density holds. Source: Davari and Belilovsky, arXiv
+    2312.06795.
+    """
+    first, last = [], []
+    for density, gamma in zip(densities, gammas, strict=True):
+        if density >= 1:
+            first.append(0)
+            last.append(numel)
+            continue
+        target, top = int(density * numel), int(gamma * numel)
+        below = max(0, numel - target - top)
+        first.append(numel - below - target)
+        last.append(numel - below)
+    return Ranks(first, last)
