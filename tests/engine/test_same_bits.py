@@ -1,0 +1,124 @@
+"""One merge, one digest: whatever the chunks, budget, shards, backend and threads, and from files or memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastmerge
+from fastmerge import backends, methods
+from fastmerge.engine.executor import DictSink, execute
+from fastmerge.engine.plan import make_plan
+from fastmerge.engine.sources import StateDictSource
+from fastmerge.merging import _fixed_parameters, merge_checkpoints
+from tests.engine.small_family import Tensors, config_for, family, load, save_family
+from tests.numeric import assert_bitwise_equal
+
+WEIGHTS = [0.7, -0.2, 0.45]
+WORKING = [name for name, reason in backends.available().items() if reason is None]
+
+
+def parameters_for(method: str) -> dict[str, Any]:
+    given: dict[str, Any] = {} if method == "linear" else {"density": 0.4, "rescale": True}
+    if method.startswith("breadcrumbs"):
+        given["gamma"] = 0.05
+    if method.startswith("della"):
+        given["epsilon"] = 0.2
+    return given
+
+
+def in_chunks(
+    method: str, base: Tensors, tuned: list[Tensors], backend: str, chunk: int | None, numerics: str
+) -> Tensors:
+    """A merge in memory with every tensor cut into chunks of so many elements."""
+    chosen = methods.get(method)
+    plan = make_plan(
+        chosen,
+        StateDictSource("base", base) if chosen.needs_base else None,
+        [StateDictSource(f"models[{index}]", one) for index, one in enumerate(tuned)],
+        _fixed_parameters(chosen, parameters_for(method) | {"weight": WEIGHTS}, len(tuned)),
+        budget=1 << 62,
+        numerics=numerics,
+        seed=5,
+        backend=backend,
+        chunk_elements=chunk,
+    )
+    sink = DictSink(plan)
+    execute(plan, sink, backend=backend)
+    return sink.tensors
+
+
+@pytest.mark.parametrize("numerics", ["fp32", "mergekit"])
+@pytest.mark.parametrize("backend", WORKING)
+@pytest.mark.parametrize("method", methods.names())
+def test_cuts_do_not_show(method: str, backend: str, numerics: str) -> None:
+    base, tuned = family()
+    whole = in_chunks(method, base, tuned, "reference", None, numerics)
+    for chunk in (10_007,) if backend == "reference" else (65536, 10_007, 4001):
+        cut = in_chunks(method, base, tuned, backend, chunk, numerics)
+        for name in whole:
+            assert_bitwise_equal(cut[name], whole[name])
+
+
+@pytest.mark.parametrize("backend", WORKING)
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs"])
+def test_ties_across_many_blocks_and_odd_cuts(method: str, backend: str) -> None:
+    """Three magnitudes in 200,000 elements: every cut falls into a tie group that spans all blocks and chunks."""
+    generator = torch.Generator().manual_seed(3)
+    base = {"w": torch.zeros(200_000)}
+    tuned = [{"w": torch.randint(-2, 3, (200_000,), generator=generator).float()} for _ in range(3)]
+    whole = in_chunks(method, base, tuned, "reference", None, "fp32")["w"]
+    for chunk in (70_001,) if backend == "reference" else (65536, 70_001, 20_011):
+        assert_bitwise_equal(in_chunks(method, base, tuned, backend, chunk, "fp32")["w"], whole)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Path]]:
+    root = tmp_path_factory.mktemp("families")
+    base, tuned = family()
+    return {shards: save_family(root / str(shards), base, tuned, shards=shards) for shards in (1, 3, 7)}
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_one_digest_for_files_of_any_number_within_any_budget_and_the_bits_of_memory(
+    method: str, families: dict[int, list[Path]], tmp_path: Path
+) -> None:
+    digests = set()
+    runs: list[tuple[int, dict[str, Any]]] = [
+        (1, {}),
+        (3, {"shard_size": "100kB"}),
+        (7, {"memory_budget": "200kB"}),
+        (1, {"memory_budget": "3MiB", "shard_size": 1}),
+        *((3, {"backend": backend, "memory_budget": "1MiB"}) for backend in WORKING),
+        *((1, {"threads": threads, "memory_budget": "400kB"}) for threads in (1, 2)),
+    ]
+    for number, (shards, arguments) in enumerate(runs):
+        config = config_for(method, families[shards], WEIGHTS, **parameters_for(method))
+        if method.startswith("della") and "kB" in str(arguments.get("memory_budget")):
+            arguments = arguments | {"memory_budget": "1MiB"}
+        report = merge_checkpoints(config, tmp_path / str(number), seed=5, **arguments)
+        digests.add(report.digest)
+    assert len(digests) == 1
+
+    base, tuned = family()
+    in_memory = fastmerge.merge(tuned, base=base if method != "linear" else None, method=method, weight=WEIGHTS, seed=5,
+                                **parameters_for(method))  # fmt: skip
+    written = load(tmp_path / "0")
+    assert written.keys() == in_memory.keys()
+    for name, tensor in written.items():
+        assert_bitwise_equal(in_memory[name], tensor)
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "della"])
+def test_the_seed_shows(method: str) -> None:
+    base, tuned = family()
+    one, same, other = (
+        fastmerge.merge(tuned, base=base, method=method, weight=0.5, density=0.5, seed=seed)
+        for seed in (1, 1 + 2**64, 2)
+    )
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert_bitwise_equal(one[name], same[name])
+    assert not torch.equal(one[name], other[name])
