@@ -103,7 +103,10 @@ class BuildKernels(build_ext):
         compile_into("bindings", ["csrc/bindings/cpu.cpp"], [], [])
         target = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(
-            objects, target, target_lang="c++", extra_postargs=["-lstdc++", "-pthread"] if sys.platform == "linux" else ["-lc++"]
+            objects,
+            target,
+            target_lang="c++",
+            extra_postargs=["-lstdc++", "-pthread"] if sys.platform == "linux" else ["-lc++"],
         )
 
 

@@ -63,9 +63,7 @@ struct Family {
         return result;
     }
 
-    float delta(size_t model, size_t i) const {
-        return widen_bfloat16(models[model][i]) - widen_bfloat16(base[i]);
-    }
+    float delta(size_t model, size_t i) const { return widen_bfloat16(models[model][i]) - widen_bfloat16(base[i]); }
 };
 
 void check_random_words() {
@@ -103,7 +101,8 @@ void check_selection(const Family& family) {
     magnitude_bounds(models, first.data(), last.data(), bounds.data(), ties.data());
     for (size_t m = 0; m < n; ++m) {
         std::vector<uint32_t> keys;
-        for (size_t i = 0; i < static_cast<size_t>(models.numel); ++i) keys.push_back(magnitude_key(family.delta(m, i)));
+        for (size_t i = 0; i < static_cast<size_t>(models.numel); ++i)
+            keys.push_back(magnitude_key(family.delta(m, i)));
         std::sort(keys.rbegin(), keys.rend());
         uint32_t expected = keys[static_cast<size_t>(last[m] - 1)];
         check(bounds[4 * m + 2] == static_cast<int64_t>(expected), "the threshold of a selection");

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +192,7 @@ def merge_checkpoints(
             shard_size=plan.shard_size,
             config=_output_config(first.config, plan),
             side_files=first.side_files(),
+            side_root=first.root,
         )
         started = time.perf_counter()
         try:
@@ -232,14 +235,15 @@ def merge_checkpoints(
         method=plan.method.name,
         tensors=len(plan.jobs),
         parameters=sum(job.numel for job in plan.jobs),
-        bytes_read=plan.bytes_read,
+        bytes_read=outcome.bytes_read,
         bytes_written=plan.bytes_written,
         passes=plan.passes,
         seconds=seconds,
         nonfinite=outcome.nonfinite,
         digest=digest,
         backend=name,
-        copy_fraction=copy_fraction(plan.bytes_read + plan.bytes_written, ended - started),
+        notes=list(plan.notes),
+        copy_fraction=copy_fraction(outcome.bytes_read + plan.bytes_written, ended - started),
     )
 
 
@@ -268,7 +272,10 @@ def plan_checkpoints(
             from fastmerge.engine.atomic import check_target
 
             side_bytes = sum(file.stat().st_size for file in opened[0].side_files())
-            check_target(Path(out), plan.bytes_written + side_bytes)
+            place = check_target(Path(out), plan.bytes_written + side_bytes)
+            while not place.exists():
+                place = place.parent
+            plan = replace(plan, disk_free=shutil.disk_usage(place).free)
     return plan
 
 
@@ -317,7 +324,19 @@ def _open_and_plan(
         )
     except methods.ParameterError as error:
         raise ConfigError(f"{_where(config, entries, error)}: {error}") from None
+    plan.notes.extend(_notes(config, entries, known))
     return opened, plan
+
+
+def _notes(config: MergeConfig, entries: Sequence[ModelEntry], known: Mapping[str, Any]) -> list[str]:
+    """Settings without effect, as in the peer: parameters of the whole merge that stand with one model."""
+    return [
+        f"{config.where((*entry.path, 'parameters', name))}: {name} is a parameter of the whole merge and has no "
+        "effect with one model; move it to the top-level parameters."
+        for entry in entries
+        for name in entry.parameters
+        if not known[name].per_model
+    ]
 
 
 def _where(config: MergeConfig, entries: Sequence[ModelEntry], error: methods.ParameterError) -> str:

@@ -79,7 +79,8 @@ struct Rules {
             rule.bounds = numbers(args.bounds);
             rule.ties_before = numbers(args.ties_before);
         } else if (args.method != fastmerge::kKeepAll) {
-            need(args.density.size() == n && args.positions.size() == n, "one density and position per model is needed");
+            need(args.density.size() == n && args.positions.size() == n,
+                 "one density and position per model is needed");
             rule.density = args.density.data();
             uint32_t purpose = args.method == fastmerge::kDella ? fastmerge::kStreamDella : fastmerge::kStreamBernoulli;
             for (int64_t position : args.positions) {
@@ -122,8 +123,8 @@ PYBIND11_MODULE(_cpu, m) {
         py::init([](int method, uintptr_t bounds, uintptr_t ties_before, std::vector<double> density,
                     std::vector<double> epsilon, int64_t row_length, uint64_t seed, uint64_t tensor_id,
                     std::vector<int64_t> positions, uint64_t offset) {
-            return RuleArgs{method, bounds,    ties_before,          std::move(density), std::move(epsilon), row_length,
-                            seed,   tensor_id, std::move(positions), offset};
+            return RuleArgs{method,     bounds, ties_before, std::move(density),   std::move(epsilon),
+                            row_length, seed,   tensor_id,   std::move(positions), offset};
         }));
 
     m.def(
@@ -145,7 +146,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def(
         "magnitude_bounds",
         [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, int compute,
-           const std::vector<int64_t>& first, const std::vector<int64_t>& last, uintptr_t bounds, uintptr_t ties_before) {
+           const std::vector<int64_t>& first, const std::vector<int64_t>& last, uintptr_t bounds,
+           uintptr_t ties_before) {
             Inputs inputs(base, subtract, tensors, numel, compute);
             need(first.size() == tensors.size() && last.size() == tensors.size(), "one rank per model is needed");
             fastmerge::cpu::magnitude_bounds(inputs.models, first.data(), last.data(), numbers(bounds),
@@ -159,6 +161,16 @@ PYBIND11_MODULE(_cpu, m) {
             Inputs inputs(base, subtract, tensors, numel, compute);
             need(prefix.size() == tensors.size(), "one prefix per model is needed");
             fastmerge::cpu::key_histogram(inputs.models, prefix.data(), numbers(out));
+        },
+        release());
+    m.def(
+        "key_window",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, int compute,
+           const std::vector<int64_t>& low, int64_t width, uintptr_t counts) {
+            Inputs inputs(base, subtract, tensors, numel, compute);
+            need(low.size() == tensors.size(), "one window per model is needed");
+            need(width > 0, "the window is empty");
+            fastmerge::cpu::key_window(inputs.models, low.data(), width, numbers(counts));
         },
         release());
     m.def(

@@ -30,6 +30,7 @@ uint32_t kth_key(const std::vector<Shard>& shards, int64_t k);
 void magnitude_bounds(const Models& models, const int64_t* first, const int64_t* last, int64_t* bounds,
                       int64_t* ties_before);
 void key_histogram(const Models& models, const int64_t* prefix, int64_t* out);
+void key_window(const Models& models, const int64_t* low, int64_t width, int64_t* counts);
 void tie_counts(const Models& models, const int64_t* bounds, int64_t* out);
 void topk_mask(const Models& models, const Rule& rule, uint8_t* out);
 void count_nonfinite(Array x, int64_t numel, int64_t* nan_and_inf);

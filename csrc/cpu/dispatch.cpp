@@ -31,7 +31,8 @@ std::vector<Choice> choices() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2"))
         found.push_back({"avx512", fastmerge_kernels_avx512});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) found.push_back({"avx2", fastmerge_kernels_avx2});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"))
+        found.push_back({"avx2", fastmerge_kernels_avx2});
     found.push_back({"baseline", fastmerge_kernels_baseline});
 #elif defined(__aarch64__)
     found.push_back({"neon", fastmerge_kernels_neon});

@@ -22,9 +22,9 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kSample = 32768;
-constexpr int64_t kRun = 32;             // neighbours read together: a cache line or two
-constexpr int64_t kCrowded = 10;         // a bracket holding more than 1/10 of the sample is not worth collecting
-constexpr int64_t kCollectLimit = 8;     // and collecting stops at 1/8 of the vector
+constexpr int64_t kRun = 32;          // neighbours read together: a cache line or two
+constexpr int64_t kCrowded = 10;      // a bracket holding more than 1/10 of the sample is not worth collecting
+constexpr int64_t kCollectLimit = 8;  // and collecting stops at 1/8 of the vector
 constexpr int64_t kHistogramFlush = int64_t{1} << 30;
 
 struct Segment {
@@ -233,8 +233,7 @@ void sweep(std::vector<std::unique_ptr<Query>>& queries, int64_t blocks, Arenas&
                 continue;
             }
             uint32_t* room = arena.reserve(block.count + 64);
-            found.count =
-                kernels().collect(models, model, block.begin, block.count, query->window, room, &found.above);
+            found.count = kernels().collect(models, model, block.begin, block.count, query->window, room, &found.above);
             found.keys = room;
             arena.keep(found.count);
             int64_t inside = query->inside.fetch_add(found.count) + found.count;
@@ -485,6 +484,27 @@ void key_histogram(const Models& models, const int64_t* prefix, int64_t* out) {
         }
         std::copy(bins.begin(), bins.end(), out + static_cast<int64_t>(bins.size()) * m);
     }
+}
+
+void key_window(const Models& models, const int64_t* low, int64_t width, int64_t* counts) {
+    std::vector<std::vector<uint32_t>> inside(static_cast<size_t>(threads()));
+    parallel(Vector::tie_blocks_of(models.numel), [&](int64_t block, int thread) {
+        std::vector<uint32_t>& keys = inside[static_cast<size_t>(thread)];
+        keys.resize(static_cast<size_t>(kTieBlock) + 64);
+        int64_t begin = block * kTieBlock;
+        int64_t count = std::min(kTieBlock, models.numel - begin);
+        for (int32_t m = 0; m < models.count; ++m) {
+            int64_t high = std::min<int64_t>(low[m] + width - 1, 0xffffffff);
+            Window window = {static_cast<uint32_t>(low[m]), static_cast<uint32_t>(high)};
+            int64_t above = 0;
+            int64_t found = kernels().collect(&models, m, begin, count, window, keys.data(), &above);
+            // Few keys fall into the window, so that the threads seldom meet at a counter.
+            int64_t* row = counts + m * (width + 1);
+            __atomic_fetch_add(row, above, __ATOMIC_RELAXED);
+            for (int64_t i = 0; i < found; ++i)
+                __atomic_fetch_add(row + 1 + (keys[static_cast<size_t>(i)] - low[m]), int64_t{1}, __ATOMIC_RELAXED);
+        }
+    });
 }
 
 void tie_counts(const Models& models, const int64_t* bounds, int64_t* out) {

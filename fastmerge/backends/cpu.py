@@ -129,6 +129,13 @@ def key_histogram(
     return out
 
 
+def key_window_(
+    base: torch.Tensor | None, tensors: list[torch.Tensor], low: list[int], compute: torch.dtype, counts: torch.Tensor
+) -> None:
+    """Count keys past and inside a window of keys; see `fastmerge.ops.key_window_`."""
+    _cpu.key_window(*_inputs(base, tensors, compute), low, counts.shape[1] - 1, counts.data_ptr())
+
+
 def tie_counts(
     base: torch.Tensor | None, tensors: list[torch.Tensor], bounds: torch.Tensor, compute: torch.dtype
 ) -> torch.Tensor:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from ..reference.consensus import consensus_apply
-from ..reference.select import abs_histogram, key_histogram, kth_magnitude, magnitude_bounds, tie_counts, topk_mask
+from ..reference.select import (
+    abs_histogram,
+    hashed_mask,
+    key_histogram,
+    key_window_,
+    kth_magnitude,
+    magnitude_bounds,
+    tie_counts,
+    topk_mask,
+)
 from ..reference.sparsify import count_nonfinite, l1_sums, zero_nonfinite_
 
 __all__ = [
     "abs_histogram",
     "consensus_apply",
     "count_nonfinite",
+    "hashed_mask",
     "key_histogram",
+    "key_window_",
     "kth_magnitude",
     "l1_sums",
     "magnitude_bounds",

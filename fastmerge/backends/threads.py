@@ -34,7 +34,9 @@ def default_threads() -> int:
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if forced:
         if not forced.isdigit() or int(forced) < 1:
-            raise BackendError(f"{ENVIRONMENT_VARIABLE}={forced!r} is not a positive whole number; set it to one, or unset it")
+            raise BackendError(
+                f"{ENVIRONMENT_VARIABLE}={forced!r} is not a positive whole number; set it to one, or unset it"
+            )
         return int(forced)
     try:
         cores = len(os.sched_getaffinity(0))

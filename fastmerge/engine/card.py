@@ -64,15 +64,14 @@ def _method(method: str, info: Mapping[str, Any]) -> str:
 
 
 def _reproduce(info: Mapping[str, Any]) -> str:
-    version = info.get("version")
     command = ["fastmerge merge config.yml out"]
     if info.get("numerics"):
         command.append(f"--numerics {info['numerics']}")
     if info.get("seed") is not None:
         command.append(f"--seed {info['seed']}")
-    requirement = f"'fastmerge=={version}'" if version else "fastmerge"
-    text = "Save the configuration above as `config.yml`, then:\n\n"
-    text += _fenced(f"pip install {requirement}\n{' '.join(command)}", "sh")
+    version = f" with fastmerge {info['version']}" if info.get("version") else ""
+    text = f"Save the configuration above as `config.yml`, then{version}:\n\n"
+    text += _fenced(" ".join(command), "sh")
     if info.get("digest"):
         text += (
             "\n\nThe result has the same bits on every machine, whatever the shard size, memory budget or number of "

@@ -560,7 +560,7 @@ def _listed(names: list[str]) -> str:
 
 # -- the Hugging Face hub: the local cache first, the network only for what it lacks
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_SMALL_FILES = (
     "*.json", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.jinja", "*.py", "tokenizer*",
     "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*", "additional_chat_templates/*",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -62,6 +62,7 @@ class Outcome:
 
     seconds: dict[str, float]
     nonfinite: Counts
+    bytes_read: int
 
 
 class _StoppedError(Exception):
@@ -95,6 +96,21 @@ class _Progressing:
     statistics: list[Statistic]
     known: dict[str, Any] = field(default_factory=dict)
     state: Any = None
+    finished: int = 0
+
+    @property
+    def wanted(self) -> Statistic | None:
+        """The statistic that this sweep gathers; None when it merges."""
+        while self.finished < len(self.statistics) and not self.statistics[self.finished].needed(self.known):
+            self.finished += 1
+        return self.statistics[self.finished] if self.finished < len(self.statistics) else None
+
+    def finish(self, statistic: Statistic, state: Any) -> None:
+        """Its state is complete."""
+        result = statistic.finish(state, self.known)
+        if result is not None:
+            self.known[statistic.name] = result
+        self.finished += 1
 
 
 def execute(
@@ -137,6 +153,9 @@ class _Execution:
         self.seconds = {"reading": 0.0, "computing": 0.0, "writing": 0.0, "waiting": 0.0}
         self.at_hand: _Progressing | None = None
         self.scratch = bytearray(0)
+        self.bytes_read = 0
+        # Of each job that may take a fallback: the last sweep whose purpose is known, and whether it merges.
+        self.decided: dict[str, tuple[int, bool]] = {}
 
     def run(self) -> Outcome:
         """Start the two threads, merge in this one, and end them, come what may."""
@@ -162,7 +181,7 @@ class _Execution:
         finally:
             if self.progress is not None:
                 self.progress.close()
-        return Outcome(self.seconds, self.nonfinite)
+        return Outcome(self.seconds, self.nonfinite, self.bytes_read)
 
     # -- the lock, and what waits on it
 
@@ -212,13 +231,23 @@ class _Execution:
     # -- reading
 
     def _read_all(self) -> None:
-        for load in self.plan.loads():
+        for load in self.plan.loads(self._another_sweep):
             block = self._room_for(load)
             began = time.perf_counter()
             filled = _Filled(load, block, self._fill(load, block))
             self.seconds["reading"] += time.perf_counter() - began
             self._put(self.filled, filled)
         self._put(self.filled, None)
+
+    def _another_sweep(self, job: Job, sweep: int) -> bool:
+        """Whether this sweep is needed, once it is known what the one before it is for."""
+
+        def known() -> tuple[bool] | None:
+            last, merges = self.decided.get(job.name, (0, False))
+            return (not merges,) if merges or last >= sweep - 1 else None
+
+        answer: tuple[bool] = self._wait(known)
+        return answer[0]
 
     def _room_for(self, load: Load) -> Block | None:
         """Wait until this load may be read: few enough are in flight, and there is a free place of its size."""
@@ -255,13 +284,15 @@ class _Execution:
 
     def _lend(self, load: Load, one: Input, source: StateDictSource, dtype: torch.dtype) -> torch.Tensor:
         """A view of a tensor that is in memory; a copy where its dtype or its NaNs must change."""
-        lent = source.view(one.info)[load.start : load.stop]
+        whole = source.view(one.info)
+        runs = [whole[first : first + count] for first, count in load.spans]
+        lent = torch.cat(runs) if load.sample else runs[0]
         tensor = lent.to(dtype)
         found = self._count(load, one, tensor)
         if found and self.on_nonfinite == "zero":
             tensor = tensor.clone() if tensor.data_ptr() == lent.data_ptr() else tensor
             _zero_nonfinite(tensor, self.backend)
-        if found and self.on_nonfinite == "error":
+        if found and self.on_nonfinite == "error" and not load.sample:
             rest = source.view(one.info)[load.stop :].to(dtype)
             self._refuse_nonfinite(load, one, _nonfinite(rest, self.backend))
         return tensor
@@ -269,12 +300,12 @@ class _Execution:
     def _read(self, load: Load, one: Input, dtype: torch.dtype, tensor: torch.Tensor, memory: memoryview) -> None:
         stored = TORCH_DTYPES[one.info.dtype]
         step = max(READ_BYTES // stored.itemsize, 1)
-        for start in range(0, load.numel, step):
+        start = 0
+        for first, count in _pieces(load.spans, step):
             if self.failure is not None:
                 raise _StoppedError
-            count = min(step, load.numel - start)
             piece = tensor[start : start + count]
-            first_byte = (load.start + start) * stored.itemsize
+            first_byte = first * stored.itemsize
             if stored == dtype:
                 bytes_here = memory[start * dtype.itemsize : (start + count) * dtype.itemsize]
                 one.source.read_into(one.info, first_byte, bytes_here)
@@ -283,8 +314,10 @@ class _Execution:
                     self.scratch = bytearray(step * stored.itemsize)
                 one.source.read_into(one.info, first_byte, memoryview(self.scratch)[: count * stored.itemsize])
                 piece.copy_(torch.frombuffer(self.scratch, dtype=stored, count=count))
+            self.bytes_read += count * stored.itemsize
             if self._count(load, one, piece) and self.on_nonfinite == "zero":
                 _zero_nonfinite(piece, self.backend)
+            start += count
         if self.on_nonfinite == "error" and load.job.name in self.nonfinite.get(one.source.ref, {}):
             self._refuse_nonfinite(load, one, self._count_rest(load, one, dtype))
 
@@ -297,7 +330,7 @@ class _Execution:
         nan, inf = _nonfinite(piece, self.backend)
         if not nan and not inf:
             return False
-        if load.sweep == 0:
+        if load.sweep == 0 and not load.sample:
             counts = self.nonfinite.setdefault(one.source.ref, {})
             before = counts.get(load.job.name, (0, 0))
             counts[load.job.name] = (before[0] + nan, before[1] + inf)
@@ -344,7 +377,7 @@ class _Execution:
                 self.loads_in_flight -= 1
                 self.bytes_in_flight -= load.nbytes
                 self.changed.notify_all()
-            if self.progress is not None:
+            if self.progress is not None and not load.sample:
                 stored = sum(TORCH_DTYPES[one.info.dtype].itemsize for one in load.job.inputs)
                 self.progress.advance(load.numel * stored, load.job.name)
         self._put(self.merged, None)
@@ -363,25 +396,33 @@ class _Execution:
             base=filled.tensors[0] if has_base else None,
             models=filled.tensors[1:] if has_base else filled.tensors,
         )
-        if job.whole:
+        if filled.load.sample:
             for statistic in at_hand.statistics:
-                at_hand.known[statistic.name] = statistic.finish(statistic.observe(chunk, at_hand.known), at_hand.known)
-        elif not filled.load.merges:
-            self._observe(at_hand, filled.load, chunk)
+                statistic.prepare(chunk)
+            return
+        wanted = at_hand.wanted
+        while job.whole and wanted is not None:
+            at_hand.finish(wanted, wanted.observe(chunk, at_hand.known))
+            wanted = at_hand.wanted
+        if wanted is not None:
+            self._observe(at_hand, wanted, filled.load, chunk)
             return
         for start in range(0, chunk.numel, job.piece):
             part = chunk.part(start, min(start + job.piece, chunk.numel))
             self._merge_piece(at_hand, part)
 
-    @staticmethod
-    def _observe(at_hand: _Progressing, load: Load, chunk: Chunk) -> None:
+    def _observe(self, at_hand: _Progressing, statistic: Statistic, load: Load, chunk: Chunk) -> None:
         """Let the sweep's statistic see one chunk of a tensor that is cut."""
-        statistic = at_hand.statistics[load.sweep]
-        seen = statistic.observe(chunk, at_hand.known)
-        at_hand.state = seen if load.start == 0 else statistic.add(at_hand.state, seen)
+        if load.start == 0:
+            at_hand.state = statistic.observe(chunk, at_hand.known)
+        else:
+            at_hand.state = statistic.extend(at_hand.state, chunk, at_hand.known)
         if load.stop == at_hand.job.numel:
-            at_hand.known[statistic.name] = statistic.finish(at_hand.state, at_hand.known)
+            at_hand.finish(statistic, at_hand.state)
             at_hand.state = None
+            with self.changed:
+                self.decided[at_hand.job.name] = (load.sweep + 1, at_hand.wanted is None)
+                self.changed.notify_all()
 
     def _merge_piece(self, at_hand: _Progressing, part: Chunk) -> None:
         job = at_hand.job
@@ -450,6 +491,13 @@ class _Execution:
             with self.changed:
                 piece.block.arena.give(piece.block)
                 self.changed.notify_all()
+
+
+def _pieces(spans: list[tuple[int, int]], step: int) -> Iterator[tuple[int, int]]:
+    """The runs, cut where they are longer than `step`."""
+    for first, count in spans:
+        for start in range(0, count, step):
+            yield first + start, min(step, count - start)
 
 
 class DictSink:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,14 @@ OUT_BLOCKS = 3
 PIECE_SLACK = 64
 """A merged piece that is yet to be converted lies behind the place of its output, at a multiple of so many bytes."""
 
+HELD_BYTES = 128 << 20
+HELD_OFTEN = 6
+"""Memory touched for the first time costs as much as reading a warm file several times. So a tensor whose inputs take
+more than HELD_BYTES is held whole, to be read once, only if the same memory serves at least HELD_OFTEN tensors."""
+SAMPLE_RUN = 1024
+SAMPLE_RUNS = 256
+"""Runs of neighbours that a sample of a large tensor is made of."""
+
 ParametersOf = Callable[[str], tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]]
 """Resolves a tensor's parameters: the shared ones, and those of each model in order."""
 
@@ -48,7 +57,9 @@ class Job:
 
     held: the dtype in which each input is kept in memory. merged: the dtype that the method's result is rounded to.
     out: the output's dtype. cuts: the flat indices at which the loads begin and end. whole: the one load is all of it,
-    so that statistics need no sweep of their own. sweeps: how often each load is read. piece: elements merged at once.
+    so that statistics need no sweep of their own. sweeps: how often each load is read, unless a statistic takes its
+    fallback; most_sweeps: with every fallback. sampled: a statistic looks at a sample first. piece: elements merged at
+    once.
     """
 
     match: Match
@@ -60,6 +71,8 @@ class Job:
     cuts: tuple[int, ...]
     whole: bool
     sweeps: int
+    most_sweeps: int
+    sampled: bool
     piece: int
 
     @property
@@ -94,12 +107,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Load:
-    """One reading of elements [start, stop) of a job's inputs, in sweep number `sweep` (from 0)."""
+    """One reading of elements [start, stop) of a job's inputs, in sweep number `sweep` (from 0).
+
+    With `sample`, before any sweep, `stop` elements from all over the tensor are read instead.
+    """
 
     job: Job
     sweep: int
     start: int
     stop: int
+    sample: bool = False
 
     @property
     def numel(self) -> int:
@@ -112,9 +129,18 @@ class Load:
         return self.job.load_bytes(self.numel)
 
     @property
-    def merges(self) -> bool:
-        """Whether this is the sweep that merges; the ones before it gather statistics."""
-        return self.sweep == self.job.sweeps - 1
+    def spans(self) -> list[tuple[int, int]]:
+        """Which elements these are: (first, number) of each run."""
+        if not self.sample:
+            return [(self.start, self.numel)]
+        run = min(SAMPLE_RUN, self.numel)
+        stride = self.job.numel // (self.numel // run)
+        # Scattered within its stride, lest the runs line up with the rows of a matrix.
+        runs = [
+            (i * stride + ((i * 2654435761 & 0xFFFFFFFF) * (stride - run + 1) >> 32), run)
+            for i in range(self.numel // run)
+        ]
+        return runs if self.numel % run == 0 else [*runs, (0, self.numel % run)]
 
 
 @dataclass(frozen=True)
@@ -123,7 +149,7 @@ class Plan:
 
     outputs: the output's tensors in file order. jobs: what to do, in that order. resident: the inputs are in memory
     already. in_bytes, out_bytes: memory for loads and for merged pieces. untied: config.json must say that the head is
-    not tied. notes: what a person should know.
+    not tied. notes: what a person should know. disk_free: bytes free where the output goes, if that is known.
     """
 
     method: Method
@@ -137,6 +163,7 @@ class Plan:
     shard_size: int
     untied: bool = False
     notes: list[str] = field(default_factory=list)
+    disk_free: int | None = None
 
     @property
     def outputs(self) -> list[OutputTensor]:
@@ -168,12 +195,19 @@ class Plan:
         """Bytes of buffers at most, to which Python and torch themselves are added."""
         return self.in_bytes + self.out_bytes + 2 * READ_BYTES
 
-    def loads(self) -> Iterator[Load]:
-        """Every reading, in order. Tensors that must merely be equal come first: a refusal should be quick."""
+    def loads(self, more: Callable[[Job, int], bool] = lambda job, sweep: False) -> Iterator[Load]:
+        """Every reading, in order. Tensors that must merely be equal come first: a refusal should be quick.
+
+        more: whether a job needs this sweep, asked for those that only a fallback needs.
+        """
         for job in sorted(self.jobs, key=lambda job: job.match.action != "same"):
             if job.numel == 0:
                 continue
-            for sweep in range(job.sweeps):
+            if job.sampled:
+                yield Load(job, 0, 0, min(_sample_size(job.numel), job.cuts[1]), sample=True)
+            for sweep in range(job.most_sweeps):
+                if sweep >= job.sweeps and not more(job, sweep):
+                    break
                 for start, stop in zip(job.cuts, job.cuts[1:], strict=False):
                     yield Load(job, sweep, start, stop)
 
@@ -193,6 +227,7 @@ class Plan:
             "memory_budget": self.budget,
             "peak_buffers": self.peak_memory,
             "disk_needed": self.bytes_written,
+            "disk_free": self.disk_free,
             "shards": len(self.shards),
             "notes": list(self.notes),
         }
@@ -213,7 +248,8 @@ class Plan:
             f"to write       {format_size(self.bytes_written)} in {said['shards']} shard(s)",
             f"memory         {format_size(self.peak_memory, binary=True)} of buffers within a budget of "
             f"{format_size(self.budget, binary=True)}, and some 300 MiB for Python and torch",
-            f"free disk      {format_size(said['disk_needed'])} needed",
+            f"disk           {format_size(self.bytes_written)} needed"
+            + ("" if self.disk_free is None else f", {format_size(self.disk_free)} free"),
             *(f"note           {note}" for note in self.notes),
         ]
 
@@ -269,6 +305,13 @@ def make_plan(
         untied=matching.untied,
         notes=matching.notes,
     )
+
+
+def _sample_size(numel: int) -> int:
+    """A sixteenth of the tensor, in whole runs, up to what SAMPLE_RUNS hold; all of it where it is small."""
+    if numel < 16 * SAMPLE_RUN:
+        return min(numel, SAMPLE_RUN)
+    return min(SAMPLE_RUNS, numel // (16 * SAMPLE_RUN)) * SAMPLE_RUN
 
 
 def _excluder(patterns: Sequence[str]) -> Callable[[str], bool]:
@@ -358,6 +401,7 @@ class _Cutter:
         self.budget = budget
         self.resident = resident
         self.forced = chunk_elements
+        self.sizes: list[int] = []
 
     def cut(self, drafts: Sequence[_Draft]) -> tuple[list[Job], int, int]:
         """The jobs, and the memory for loads and for merged pieces."""
@@ -370,6 +414,7 @@ class _Cutter:
         largest = max(sizes, default=0)
         out_bytes = max(largest, min(OUT_BLOCKS * largest, usable // 4))
         share = usable - out_bytes
+        self.sizes = sorted(self._held_bytes(draft) for draft in drafts)
         jobs = [self._job(draft, piece, share) for draft, piece in zip(drafts, pieces, strict=True)]
         if self.resident:
             return jobs, 0, 0
@@ -397,11 +442,16 @@ class _Cutter:
     def _job(self, draft: _Draft, piece: int, share: int) -> Job:
         shape = draft.match.inputs[0].info.shape
         numel = math.prod(shape)
-        known_after = 1
+        sweeps = most_sweeps = 1
+        sampled = False
         whole = True
         if draft.context is not None:
             whole = numel <= piece or (not self.forced and self._fits_whole(draft, numel, piece, share))
-            known_after = 1 if whole else 1 + len(self.method.statistics(draft.context, whole=False))
+            if not whole:
+                needed = self.method.statistics(draft.context, whole=False)
+                sweeps += sum(not statistic.fallback for statistic in needed)
+                most_sweeps += len(needed)
+                sampled = any(statistic.samples for statistic in needed)
             whole = whole and bool(self.method.statistics(draft.context, whole=True))
         load = numel if whole else piece
         job = Job(
@@ -413,7 +463,9 @@ class _Cutter:
             context=draft.context,
             cuts=(*range(0, numel, max(load, 1)), numel),
             whole=whole,
-            sweeps=known_after,
+            sweeps=sweeps,
+            most_sweeps=most_sweeps,
+            sampled=sampled,
             piece=piece,
         )
         if not self.resident and job.load_bytes(min(load, numel)) > share:
@@ -425,12 +477,19 @@ class _Cutter:
         return job
 
     def _fits_whole(self, draft: _Draft, numel: int, piece: int, share: int) -> bool:
-        """Whether two loads of the whole tensor fit, so that one is read while the other is merged."""
+        """Whether two loads of the whole tensor fit, so that one is read while the other is merged, and it pays."""
         if draft.context is None or (piece < TIE_BLOCK and self._unit(draft) == 1):
             return False
         if self.resident:
             return True
-        return 2 * sum(aligned(numel * dtype.itemsize) for dtype in draft.held) <= share
+        held = self._held_bytes(draft)
+        as_large = len(self.sizes) - bisect_left(self.sizes, held)
+        return 2 * held <= share and (held <= HELD_BYTES or as_large >= HELD_OFTEN)
+
+    @staticmethod
+    def _held_bytes(draft: _Draft) -> int:
+        numel = math.prod(draft.match.inputs[0].info.shape)
+        return sum(aligned(numel * dtype.itemsize) for dtype in draft.held)
 
     def _wanted(self, jobs: Sequence[Job]) -> int:
         """Memory with which the reader never waits for room: three loads in a row, wherever they are the largest."""

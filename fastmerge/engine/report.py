@@ -51,7 +51,7 @@ class Progress:
         if self._quiet:
             return
         if not self._stream.isatty():
-            times = "once" if passes == 1 else f"in {passes} passes"
+            times = "once" if passes == 1 else f"in up to {passes} sweeps over a tensor"
             print(f"fastmerge: reading {format_size(total_bytes)} {times}", file=self._stream, flush=True)
             return
         # Imported here: a merge whose output is not looked at need not pay for it.
@@ -116,11 +116,12 @@ class MergeReport:
         parameters: elements written.
         bytes_read: bytes read from the inputs, over all passes.
         bytes_written: bytes of tensor data written.
-        passes: how often the inputs were read.
+        passes: most sweeps planned over any tensor.
         seconds: wall seconds by phase (see :data:`PHASES`).
         nonfinite: model -> tensor -> (NaN count, Inf count), for tensors that have any.
         digest: digest of the merged tensors, as in the manifest.
         backend: the backend that computed.
+        notes: what a person should know of the plan.
         copy_fraction: bytes moved per second as a share of this machine's copy bandwidth, or None if not measured.
     """
 
@@ -136,6 +137,7 @@ class MergeReport:
     digest: str = ""
     backend: str = ""
     copy_fraction: float | None = None
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a dict that ``json.dumps`` accepts."""
@@ -145,7 +147,8 @@ class MergeReport:
         """The report as a table in plain text, without a newline at the end."""
         total = self.seconds.get("total", 0.0)
         rows = [
-            ("method", f"{self.method}, {_count(self.passes, 'pass', 'passes')} over the inputs"),
+            ("method", self.method),
+            ("passes", "1" if self.passes == 1 else f"1, and up to {self.passes} over large tensors"),
             ("backend", self.backend),
             ("tensors", f"{self.tensors} ({self.parameters / 1e9:.3f}B parameters)"),
             ("read", format_size(self.bytes_read)),
@@ -158,6 +161,7 @@ class MergeReport:
                 speed += f", {self.copy_fraction:.0%} of this machine's copy bandwidth"
             rows.append(("speed", speed))
         rows += self._nonfinite_rows()
+        rows += [("note", note) for note in self.notes]
         rows += [("digest", self.digest), ("output", self.out)]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -180,7 +184,7 @@ class MergeReport:
         return rows
 
 
-def copy_bandwidth(nbytes: int = 32 << 20, repeats: int = 3) -> float:
+def copy_bandwidth(nbytes: int = 48 << 20, repeats: int = 3) -> float:
     """Measure how fast one thread copies memory: bytes moved per second, reads and writes both counted.
 
     Args:

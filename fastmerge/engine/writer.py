@@ -135,8 +135,10 @@ class ModelWriter:
         tensors: every tensor of the model, with distinct names, in the order in which they shall lie in the files.
         shard_size: most data bytes per file (a single larger tensor gets a file of its own).
         config: contents of ``config.json``, or None to write none (``side_files`` may still hold one).
-        side_files: files to copy into the directory under their own names (tokenizer, generation config, custom
-            code). Those with the name of a file that the writer makes itself are passed over.
+        side_files: files to copy into the directory (tokenizer, generation config, custom code): under their own names,
+            or under their places below ``side_root``. Those with the name of a file that the writer makes itself are
+            passed over.
+        side_root: the directory that ``side_files`` come from, or None.
         single_file: put all tensors into one ``model.safetensors``, however large.
 
     Raises:
@@ -155,6 +157,7 @@ class ModelWriter:
         shard_size: int,
         config: Mapping[str, Any] | None,
         side_files: Sequence[Path],
+        side_root: Path | None = None,
         single_file: bool = False,
     ) -> None:
         _check_tensors(tensors)
@@ -176,7 +179,7 @@ class ModelWriter:
                 self._start_shard(self._directory.path / name, members)
             for file in side_files:
                 if file.name not in (_GENERATED if config is not None else _GENERATED[1:]):
-                    self._copy(file)
+                    self._copy(file, side_root)
         except BaseException:
             self.abort()
             raise
@@ -300,8 +303,9 @@ class ModelWriter:
         path = self._directory.path / name
         self._guard(functools.partial(path.write_text, text, encoding="utf-8", newline="\n"), path)
 
-    def _copy(self, file: Path) -> None:
-        path = self._directory.path / file.name
+    def _copy(self, file: Path, root: Path | None) -> None:
+        path = self._directory.path / (file.name if root is None else file.relative_to(root))
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._guard(functools.partial(shutil.copyfile, file, path), path, f"Copying {file} to")
 
     # -- errors and threads

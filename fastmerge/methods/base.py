@@ -83,10 +83,26 @@ class Statistic(ABC):
     """
 
     name: ClassVar[str]
+    fallback: ClassVar[bool] = False
+    """Whether it is rarely needed, because one listed before it mostly finds the same."""
+    samples: ClassVar[bool] = False
+    """Whether it wants to see a sample of the tensor first."""
+
+    def needed(self, known: Known) -> bool:
+        """Whether it must be gathered at all, those before it being finished."""
+        return True
+
+    def prepare(self, sample: Chunk) -> None:
+        """See a sample of the whole tensor: it may decide how the result is found, never what it is."""
+        return None
 
     @abstractmethod
     def observe(self, chunk: Chunk, known: Known) -> Any:
         """The state of one chunk."""
+
+    def extend(self, state: Any, chunk: Chunk, known: Known) -> Any:
+        """The state of what was observed before and of one more chunk."""
+        return self.add(state, self.observe(chunk, known))
 
     @abstractmethod
     def add(self, state: Any, other: Any) -> Any:
@@ -94,7 +110,7 @@ class Statistic(ABC):
 
     @abstractmethod
     def finish(self, state: Any, known: Known) -> Any:
-        """What the merge needs."""
+        """What the merge needs, or None if that is to be found by a fallback."""
 
 
 class Method(ABC):

@@ -20,7 +20,7 @@ class Breadcrumbs(ConsensusMethod):
     name = "breadcrumbs"
     title = "Model Breadcrumbs"
     source = "https://arxiv.org/abs/2312.06795 (Model Breadcrumbs)"
-    sweeps = "3 (two of histograms for the exact thresholds), 1 with density 1; 1 more with rescale"
+    sweeps = "2 (one to find the exact thresholds, seldom three), 1 with density 1; 1 more with rescale"
     sparsify = "outliers"
     Parameters: ClassVar[type[Parameters]] = BreadcrumbsParameters
 

@@ -7,7 +7,6 @@ with m_i from the sign election (TIES) or 1, and the divisor the sum of the weig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any, ClassVar, Literal
@@ -20,6 +19,7 @@ from fastmerge.methods.base import Chunk, Known, Method, Statistic, TensorContex
 from fastmerge.methods.parameters import Finite, Fraction, Parameters, per_model, shared
 from fastmerge.methods.statistics import (
     KeyHistogram,
+    KeyWindow,
     RankBounds,
     RankBoundsOfWhole,
     Ranks,
@@ -137,7 +137,7 @@ class ConsensusMethod(Method):
         if self.sparsify in ("magnitude", "outliers"):
             ranks = self._ranks(context)
             if ranks.cuts(context.numel):
-                streamed = [KeyHistogram(context), RankBounds(context, ranks)]
+                streamed = [KeyWindow(context, ranks), KeyHistogram(context), RankBounds(context, ranks)]
                 needed += [RankBoundsOfWhole(context, ranks)] if whole else streamed
         if self._parameters(context).rescale:
             # The peer takes these ratios in float32 where its random masks meet float16.
@@ -169,7 +169,7 @@ class ConsensusMethod(Method):
             election="weighted" if self.election else "none",
             zero_sign="positive",
             divisor="weights" if parameters.normalize else "none",
-            divisor_value=self._divisor(context),
+            divisor_value=ops.total_divisor(parameters.weight, context.compute, context.numerics),
             lambda_=parameters.lambda_,
             compute=context.compute,
             out=target,
@@ -179,19 +179,3 @@ class ConsensusMethod(Method):
             axis = self._row_axis(context)
             moved = [*context.shape[1:axis], *context.shape[axis + 1 :], context.shape[axis]]
             out.view(-1, *context.shape[1:]).copy_(target.view(-1, *moved).movedim(-1, axis))
-
-    def _divisor(self, context: TensorContext) -> float:
-        """The sum of all weights, 1 where it is next to nothing: the divisor where no election picks who takes part."""
-        total = weight_sum(self._parameters(context).weight, context.compute, context.numerics)
-        return 1.0 if abs(total) < 1e-8 else total
-
-
-def weight_sum(weights: Sequence[float], compute: torch.dtype, numerics: str) -> float:
-    """The sum of the weights in float32 from left to right, or with numerics="mergekit" as torch adds a column up."""
-    column = torch.tensor(list(weights), dtype=compute).reshape(-1, 1)
-    if numerics == "mergekit":
-        return float(column.sum(dim=0))
-    total = column[0].to(torch.float32)
-    for weight in column[1:]:
-        total = total + weight
-    return float(total)

@@ -10,7 +10,6 @@ import torch
 from fastmerge import ops
 from fastmerge.backends.rule import SparsifyRule
 from fastmerge.methods.base import Chunk, Known, Method, Statistic, TensorContext
-from fastmerge.methods.consensus import weight_sum
 from fastmerge.methods.parameters import Finite, ParameterError, Parameters, per_model, shared
 
 _BLOCK = 1 << 17
@@ -37,7 +36,7 @@ class Linear(Method):
     def check(self, context: TensorContext, labels: Sequence[str]) -> None:
         """Weights that cancel have no mean."""
         parameters: Any = context.parameters
-        if parameters.normalize and weight_sum(parameters.weight, torch.float32, context.numerics) == 0:
+        if parameters.normalize and ops.weight_sum(parameters.weight, torch.float32, context.numerics) == 0:
             raise ParameterError(
                 f"The weights for {context.name} add up to 0, by which linear would divide: "
                 "give others, or normalize: false.",
@@ -55,7 +54,7 @@ class Linear(Method):
     def merge(self, context: TensorContext, chunk: Chunk, known: Known, out: torch.Tensor) -> None:
         """The sum goes over the models in their order."""
         parameters: Any = context.parameters
-        divisor = weight_sum(parameters.weight, torch.float32, context.numerics) if parameters.normalize else None
+        divisor = ops.weight_sum(parameters.weight, torch.float32, context.numerics) if parameters.normalize else None
         if context.numerics == "mergekit":
             total = fused_sum(chunk.models, parameters.weight)
             _put([total], [1.0], divisor, context, out)

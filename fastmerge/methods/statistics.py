@@ -1,7 +1,8 @@
 """The statistics that consensus methods need: rank bounds of each model's deltas, and their L1 mass.
 
-While a tensor is in memory, its rank bounds are found in one go. When it is cut into chunks they come from two sweeps
-of histograms: the first tells which 2**15 neighbouring keys hold a bound, the second which of those keys it is.
+While a tensor is in memory, its rank bounds are found in one go. When it is cut into chunks, a sample tells in which
+narrow window of keys each bound must lie, and one sweep counts every key in it. Where the sample misled, two sweeps of
+histograms find the bounds: the first tells which 2**15 neighbouring keys hold one, the second which of those it is.
 Histograms are counts and add, so that the cuts do not show in the result.
 """
 
@@ -16,6 +17,12 @@ import torch
 from fastmerge import ops
 from fastmerge.backends.rule import TIE_BLOCK, SparsifyRule
 from fastmerge.methods.base import Chunk, Known, Statistic, TensorContext
+
+_KEYS = 1 << 31
+_WINDOW_KEYS = 1 << 22
+"""Keys in all windows of a tensor together: 32 MiB of counts."""
+_WINDOW_MASS = 0.03
+"""How far from its rank in the sample a bound may lie, as a fraction of the tensor."""
 
 
 class Bounds(ABC):
@@ -111,12 +118,91 @@ class RankBoundsOfWhole(Statistic):
         return state
 
 
+@dataclass
+class KeyWindow(Statistic):
+    """One sweep: how many deltas lie past a window of keys, and how many have each key in it. Counts add."""
+
+    context: TensorContext
+    ranks: Ranks
+    low: list[int] = field(init=False, default_factory=list)
+    width: int = field(init=False, default=0)
+    name = "bounds"
+    samples = True
+
+    def prepare(self, sample: Chunk) -> None:
+        """Put each window around the keys that have the bound's rank, give or take, in the sample."""
+        cuts = self.ranks.cuts(self.context.numel)
+        models = [sample.models[model] for model, _, _ in cuts]
+        places = [rank / self.context.numel * sample.numel for _, _, rank in cuts]
+        spread = _WINDOW_MASS * sample.numel + 8
+
+        def keys_at(ranks: list[float]) -> list[int]:
+            nearest = [min(max(round(rank), 1), sample.numel) for rank in ranks]
+            bounds, _ = ops.magnitude_bounds(
+                sample.base,
+                models,
+                [0] * len(cuts),
+                [min(rank, sample.numel - 1) for rank in nearest],
+                compute=self.context.compute,
+                backend=self.context.backend,
+            )
+            return [int(key) for key in bounds[:, 1, 0]]
+
+        if sample.numel < 2:
+            lowest = highest = middle = [0] * len(cuts)
+        else:
+            middle = keys_at(places)
+            highest = [
+                key if place > spread else _KEYS - 1
+                for key, place in zip(keys_at([p - spread for p in places]), places, strict=True)
+            ]
+            lowest = [
+                key if place + spread < sample.numel else 0
+                for key, place in zip(keys_at([p + spread for p in places]), places, strict=True)
+            ]
+        most = max(1, _WINDOW_KEYS // len(cuts))
+        self.width = min(most, 1 + max(high - low for low, high in zip(lowest, highest, strict=True)))
+        self.low = [
+            max(0, low if high - low < self.width else key - self.width // 2)
+            for low, high, key in zip(lowest, highest, middle, strict=True)
+        ]
+
+    def observe(self, chunk: Chunk, known: Known) -> torch.Tensor:
+        """Count one chunk: int64[cuts, window + 1]."""
+        return self.extend(torch.zeros(len(self.low), self.width + 1, dtype=torch.int64), chunk, known)
+
+    def extend(self, state: torch.Tensor, chunk: Chunk, known: Known) -> torch.Tensor:
+        """Count one more chunk in place: a window is large beside a chunk."""
+        models = [chunk.models[model] for model, _, _ in self.ranks.cuts(self.context.numel)]
+        ops.key_window_(chunk.base, models, self.low, state, compute=self.context.compute, backend=self.context.backend)
+        return state
+
+    def add(self, state: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Counts add."""
+        return state.add_(other)
+
+    def finish(self, state: torch.Tensor, known: Known) -> StreamedBounds | None:
+        """The bounds, if every one of them lies in its window."""
+        values = trivial_bounds(self.ranks)
+        for row, (model, which, rank) in enumerate(self.ranks.cuts(self.context.numel)):
+            bound = ops.bound_in_window(state[row], self.low[row], rank)
+            if bound is None:
+                return None
+            values[model, which] = torch.tensor(bound, dtype=torch.int64)
+        return StreamedBounds(values, self.context)
+
+
 @dataclass(frozen=True)
 class KeyHistogram(Statistic):
     """First sweep: how many deltas of each model have which leading 16 bits, int64[n, 65536]."""
 
     context: TensorContext
     name = "key_histogram"
+    fallback = True
+
+    def needed(self, known: Known) -> bool:
+        """Not if the bounds were found already."""
+        return RankBounds.name not in known
 
     def observe(self, chunk: Chunk, known: Known) -> torch.Tensor:
         """Count one chunk."""
@@ -141,6 +227,11 @@ class RankBounds(Statistic):
     context: TensorContext
     ranks: Ranks
     name = "bounds"
+    fallback = True
+
+    def needed(self, known: Known) -> bool:
+        """Not if the bounds were found already."""
+        return self.name not in known
 
     def observe(self, chunk: Chunk, known: Known) -> torch.Tensor:
         """Count one chunk: int64[cuts, 32768], a row for each bound that cuts something off."""

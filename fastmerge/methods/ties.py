@@ -20,7 +20,7 @@ class Ties(ConsensusMethod):
     name = "ties"
     title = "TIES"
     source = "https://arxiv.org/abs/2306.01708 (TIES-Merging)"
-    sweeps = "3 (two of histograms for the exact threshold), 1 with density 1; 1 more with rescale"
+    sweeps = "2 (one to find the exact threshold, seldom three), 1 with density 1; 1 more with rescale"
     sparsify = "magnitude"
     election = True
     Parameters: ClassVar[type[Parameters]] = TiesParameters

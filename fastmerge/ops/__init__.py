@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from ..backends.rule import L1_LIMBS, TIE_BLOCK, SparsifyRule
 from ._exact import l1_mass, l1_scale, tensor_id
-from .consensus import consensus_apply, consensus_merge, weight_sum
+from .consensus import consensus_apply, consensus_merge, total_divisor, weight_sum
 from .select import (
     abs_histogram,
     bound,
+    bound_in_window,
     bound_prefix,
     bounds_from_histograms,
     hashed_mask,
     keep_ties,
     key_histogram,
+    key_window_,
     kth_magnitude,
     magnitude_bounds,
     prefixes,
@@ -29,6 +31,7 @@ __all__ = [
     "SparsifyRule",
     "abs_histogram",
     "bound",
+    "bound_in_window",
     "bound_prefix",
     "bounds_from_histograms",
     "consensus_apply",
@@ -37,6 +40,7 @@ __all__ = [
     "hashed_mask",
     "keep_ties",
     "key_histogram",
+    "key_window_",
     "kth_magnitude",
     "l1_mass",
     "l1_scale",
@@ -49,6 +53,7 @@ __all__ = [
     "tie_counts",
     "ties_before",
     "topk_mask",
+    "total_divisor",
     "weight_sum",
     "zero_nonfinite_",
 ]

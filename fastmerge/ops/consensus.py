@@ -202,17 +202,23 @@ def _float32(value: float) -> float:
     return ctypes.c_float(value).value
 
 
-def weight_sum(weights: Sequence[float], compute: torch.dtype = torch.float32) -> float:
-    """The divisor of a merge without election: the sum of all weights, 1 where it is below 1e-8 in magnitude.
+def weight_sum(weights: Sequence[float], compute: torch.dtype = torch.float32, numerics: str = "fp32") -> float:
+    """The sum of all weights, each rounded to `compute`, added in float32 from left to right and rounded to `compute`.
 
-    The weights are rounded to `compute` and added in float32 from left to right; the sum is rounded to `compute`.
+    With numerics="mergekit" they are added as torch adds a column up, which for five to seven takes another order.
     """
-    rounded = torch.tensor(weights, dtype=torch.float32).to(compute).tolist()
-    total = rounded[0]
-    for weight in rounded[1:]:
+    column = torch.tensor(list(weights), dtype=torch.float32).to(compute).reshape(-1, 1)
+    if numerics == "mergekit":
+        return float(column.sum(dim=0))
+    total = 0.0
+    for weight in column[:, 0].tolist():
         total = _float32(total + weight)
-    if compute != torch.float32:
-        total = torch.tensor(total, dtype=torch.float32).to(compute).item()
+    return float(torch.tensor(total, dtype=torch.float32).to(compute))
+
+
+def total_divisor(weights: Sequence[float], compute: torch.dtype = torch.float32, numerics: str = "fp32") -> float:
+    """The divisor of a merge without election: `weight_sum`, but 1 where it is below 1e-8 in magnitude."""
+    total = weight_sum(weights, compute, numerics)
     return 1.0 if abs(total) < SMALLEST_DIVISOR else total
 
 
@@ -336,7 +342,7 @@ def consensus_merge(
         election=election,
         zero_sign=zero_sign,
         divisor=divisor,
-        divisor_value=_all_take_part(weight_list, divisor, compute),
+        divisor_value=total_divisor(weight_list, compute, numerics) if divisor == "weights" else 1.0,
         lambda_=lambda_,
         compute=compute,
         out=None if moved else out,
@@ -347,10 +353,6 @@ def consensus_merge(
         return result
     result = result.movedim(-1, axis)
     return result.contiguous() if out is None else out.copy_(result)
-
-
-def _all_take_part(weights: Sequence[float], divisor: str, compute: torch.dtype) -> float:
-    return weight_sum(weights, compute) if divisor == "weights" else 1.0
 
 
 def _hashed_delta(

@@ -11,7 +11,6 @@ from torch import Tensor
 from .. import backends
 from ..backends.rule import TIE_BLOCK
 from ..errors import ArgumentError
-from ..reference import select as definition
 from . import _checks
 from ._library import define, signed64, unsigned64
 
@@ -163,6 +162,44 @@ _key_histogram_op = define(
 )
 
 
+def _key_window_checks(
+    base: Tensor | None, tensors: Sequence[Tensor], low: Sequence[int], compute: Any, counts: Tensor
+) -> None:
+    _check_models(base, tensors)
+    _checks.one_per_model("low", low, len(tensors))
+    _checks.compute_dtype("compute", compute)
+    if counts.dtype != torch.int64 or counts.dim() != 2 or counts.shape[0] != len(tensors) or counts.shape[1] < 2:
+        raise ArgumentError(
+            f"counts must be int64[{len(tensors)}, window + 1]; allocate it with torch.zeros(..., dtype=torch.int64)."
+        )
+
+
+def _key_window(
+    base: Tensor | None,
+    tensors: list[Tensor],
+    low: list[int],
+    compute: torch.dtype,
+    counts: Tensor,
+    backend: str = "auto",
+) -> None:
+    _key_window_checks(base, tensors, low, compute, counts)
+    if not counts.is_contiguous():
+        raise ArgumentError("counts is not contiguous; pass a tensor made by torch.zeros(shape).")
+    if any(not 0 <= start <= _ABOVE_ALL_KEYS for start in low):
+        raise ArgumentError("low holds a number that is no key; keys are 0 to 2**31.")
+    backends.resolve(backend, tensors[0].device).key_window_(
+        _checks.optional_contiguous(base), _checks.contiguous(tensors), list(low), compute, counts
+    )
+
+
+_key_window_op = define(
+    "key_window_(Tensor? base, Tensor[] tensors, int[] low, ScalarType compute, Tensor(a!) counts, "
+    'str backend="auto") -> ()',
+    _key_window,
+    lambda base, tensors, low, compute, counts, backend="auto": _key_window_checks(base, tensors, low, compute, counts),
+)
+
+
 def _tie_counts(
     base: Tensor | None, tensors: list[Tensor], bounds: Tensor, compute: torch.dtype, backend: str = "auto"
 ) -> Tensor:
@@ -209,7 +246,7 @@ def _hashed_mask(x: Tensor, bounds: Tensor, seed: int, tensor_id: int, position:
     _checks.kernel_inputs("x", [x])
     _checks.counts_tensor("bounds", bounds, (1, 2, 2))
     # One definition serves all backends: only the few tied elements need random words.
-    return definition.hashed_mask(
+    return backends.resolve("reference", x.device).hashed_mask(
         x, bounds, seed=unsigned64(seed), tensor_id=unsigned64(tensor_id), position=position, offset=offset
     )
 
@@ -398,6 +435,46 @@ def key_histogram(
         backend,
     )
     return counts
+
+
+def key_window_(
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    low: Sequence[int],
+    counts: Tensor,
+    *,
+    compute: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> None:
+    """Count the keys of a chunk that lie in a narrow window, each key by itself: exact ranks where they are expected.
+
+    low: for each model the first key of its window. counts: int64[n, window + 1], added to: first how many keys lie
+        past the window, then how many there are of each key in it. `bound_in_window` turns them into a bound.
+    Errors: ArgumentError / ArgumentTypeError, in a sentence that names the argument.
+    """
+    _key_window_op(
+        None if base is None else _checks.input_tensor("base", base),
+        _checks.input_tensors("tensors", tensors),
+        [_checks.integer("low", start) for start in low],
+        _checks.compute_dtype("compute", compute),
+        counts,
+        backend,
+    )
+
+
+def bound_in_window(counts: Tensor, low: int, rank: int) -> tuple[int, int] | None:
+    """The bound (T, c) of a rank, from one model's row of `key_window_`; None where it lies outside the window.
+
+    counts: int64[window + 1], over a whole tensor of more than `rank` elements, rank > 0.
+    """
+    above = int(counts[0])
+    falling = counts[1:].flip(0).cumsum(0)
+    if not above < rank <= above + int(falling[-1]):
+        return None
+    place = int(torch.searchsorted(falling, rank - above))
+    equal = int(counts[counts.numel() - 1 - place])
+    before = rank - above - int(falling[place]) + equal
+    return low + counts.numel() - 2 - place, 0 if before == equal else before
 
 
 def tie_counts(

@@ -101,6 +101,20 @@ def key_histogram(base: Tensor | None, tensors: list[Tensor], prefix: list[int],
     return torch.stack(rows)
 
 
+def key_window_(
+    base: Tensor | None, tensors: list[Tensor], low: list[int], compute: torch.dtype, counts: Tensor
+) -> None:
+    """Add to counts[i]: how many keys of model i lie past its window, then how many there are of each key in it.
+
+    The window of model i is the counts.shape[1] - 1 keys from low[i] on.
+    """
+    width = counts.shape[1] - 1
+    for i, x in enumerate(tensors):
+        place = keys(difference(base, x, compute)) - low[i]
+        counts[i, 0] += (place >= width).sum()
+        counts[i, 1:] += torch.bincount(place[(place >= 0) & (place < width)], minlength=width)
+
+
 def tie_counts(base: Tensor | None, tensors: list[Tensor], bounds: Tensor, compute: torch.dtype) -> Tensor:
     """int64[n, 2, blocks]: per block of this chunk, how many keys equal each bound's T; 0 where c == 0."""
     rows = [block_counts(keys(difference(base, x, compute)), bounds[model]) for model, x in enumerate(tensors)]

@@ -108,7 +108,6 @@ def test_a_cached_model_without_its_tokenizer_is_completed_and_offline_used_as_i
         ("org/model@refs/pr/3", None, ("org/model", "refs/pr/3")),
         ("org/model", "dev", ("org/model", "dev")),
         ("org/model@v1.0", "dev", ("org/model", "v1.0")),
-        ("gpt2", None, ("gpt2", None)),
     ],
 )
 def test_the_revision_is_passed_on(hub: FakeHub, ref: str, revision: str | None, asked: tuple[str, str | None]) -> None:

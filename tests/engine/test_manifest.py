@@ -128,7 +128,7 @@ def test_the_card_names_method_source_models_config_and_how_to_reproduce() -> No
     ):
         assert part in text
     assert "```yaml\nmerge_method: ties\nmodels: []\n```" in text
-    assert "pip install 'fastmerge==1.2.3'" in text
+    assert "with fastmerge 1.2.3:" in text
     assert "fastmerge merge config.yml out --numerics fp32 --seed 3" in text
     assert "`abc123`" in text
 

@@ -37,10 +37,10 @@ def plan_of(tmp_path: Path, method: str, base: Tensors, tuned: Sequence[Tensors]
         ("linear", {}, 1),
         ("task_arithmetic", {"density": 0.5}, 1),
         ("ties", {}, 1),
-        ("ties", {"density": 0.5}, 3),
-        ("ties", {"density": 0.5, "rescale": True}, 4),
+        ("ties", {"density": 0.5}, 2),
+        ("ties", {"density": 0.5, "rescale": True}, 3),
         ("ties", {"density": 0.0}, 1),
-        ("breadcrumbs", {"density": 0.5}, 3),
+        ("breadcrumbs", {"density": 0.5}, 2),
         ("dare_ties", {"density": 0.5}, 2),
         ("dare_linear", {"density": 0.5, "rescale": False}, 1),
         ("della", {"density": 0.5}, 2),
@@ -58,6 +58,28 @@ def test_a_tensor_that_is_cut_costs_a_sweep_for_each_statistic(
     roomy = plan_checkpoints(config_for(method, [tmp_path / "family" / name for name in ("base", "model-0", "model-1")],
                                         [0.5, 0.5], **parameters), memory_budget="1GiB")  # fmt: skip
     assert roomy.passes == 1 and roomy.bytes_read == inputs * 300 * 4000 * 2
+
+
+def test_large_tensors_are_held_whole_only_if_the_memory_serves_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastmerge.engine.plan.HELD_BYTES", 1 << 20)
+    monkeypatch.setattr("fastmerge.engine.plan.CHUNK_ELEMENTS", 1 << 16)
+    for count, sweeps in ((2, 2), (6, 1)):
+        base, tuned = family(2, shapes={f"w{i}": (300, 4000) for i in range(count)})
+        plan = plan_of(tmp_path / str(count), "ties", base, tuned, parameters={"density": 0.5}, memory_budget="1GiB")
+        assert plan.passes == sweeps
+
+
+def test_a_sample_comes_from_all_over_the_tensor_and_stays_inside(tmp_path: Path) -> None:
+    base, tuned = family(2, shapes={"w": (1000, 4001)})
+    plan = plan_of(tmp_path, "ties", base, tuned, parameters={"density": 0.5}, memory_budget="2MiB")
+    sample = next(plan.loads())
+    assert sample.sample and sum(count for _, count in sample.spans) == sample.numel >= 60_000
+    starts = [first for first, _ in sample.spans]
+    assert starts == sorted(starts) and starts[-1] + 1024 <= 1000 * 4001
+    assert starts[0] < 70_000 and starts[-1] > 3_900_000
+    assert len({first % 4001 // 100 for first in starts}) > 20
 
 
 @pytest.mark.parametrize("budget", ["300kB", "2MiB", "64MiB", "1GiB"])

@@ -14,6 +14,7 @@ from fastmerge.engine.executor import DictSink, execute
 from fastmerge.engine.plan import make_plan
 from fastmerge.engine.sources import StateDictSource
 from fastmerge.merging import _fixed_parameters, merge_checkpoints
+from fastmerge.methods.statistics import KeyHistogram
 from tests.engine.small_family import Tensors, config_for, family, load, save_family
 from tests.numeric import assert_bitwise_equal
 
@@ -73,6 +74,26 @@ def test_ties_across_many_blocks_and_odd_cuts(method: str, backend: str) -> None
     whole = in_chunks(method, base, tuned, "reference", None, "fp32")["w"]
     for chunk in (70_001,) if backend == "reference" else (65536, 70_001, 20_011):
         assert_bitwise_equal(in_chunks(method, base, tuned, backend, chunk, "fp32")["w"], whole)
+
+
+@pytest.mark.parametrize(("mass", "keys"), [(0.03, 1 << 22), (0.0, 8), (1.0, 4)])
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs_ties"])
+def test_a_sample_that_misleads_costs_sweeps_and_no_bits(
+    method: str, mass: float, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The window around the sample's ranks may be right, narrow and wrong, or cover a few keys only."""
+    monkeypatch.setattr("fastmerge.methods.statistics._WINDOW_MASS", mass)
+    monkeypatch.setattr("fastmerge.methods.statistics._WINDOW_KEYS", keys)
+    sweeps = []
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.linspace(0.5, 2.0, 150_000)
+    base = {"w": torch.zeros(150_000)}
+    tuned = [{"w": torch.randn(150_000, generator=generator) * scale} for _ in range(3)]
+    whole = in_chunks(method, base, tuned, "reference", None, "fp32")["w"]
+    prepare = KeyHistogram.observe
+    monkeypatch.setattr(KeyHistogram, "observe", lambda *a: sweeps.append(1) or prepare(*a))
+    assert_bitwise_equal(in_chunks(method, base, tuned, WORKING[0], 30_011, "fp32")["w"], whole)
+    assert bool(sweeps) == (keys < 100)
 
 
 @pytest.fixture(scope="module")

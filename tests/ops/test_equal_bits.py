@@ -87,6 +87,24 @@ def test_key_histogram(backend: str, data: st.DataObject) -> None:
 
 @each_backend
 @given(data=st.data())
+def test_key_window(backend: str, data: st.DataObject) -> None:
+    data.draw(configurations(backend))
+    models = data.draw(strategies.models(most=3))
+    compute = data.draw(strategies.computes)
+    count = len(models.tensors)
+    width = data.draw(st.sampled_from((1, 2, 1000, 1 << 20)))
+    somewhere = st.one_of(st.integers(0, 1 << 31), st.sampled_from((0, 0x3F800000 - 500, 0x7F800000, 1 << 31)))
+    low = [data.draw(somewhere) for _ in range(count)]
+    expected = torch.full((count, width + 1), 3)
+    ops.key_window_(models.base, models.tensors, low, expected, compute=compute, backend="reference")
+    actual = torch.full((count, width + 1), 3)
+    with only(backend, "key_window_"):
+        ops.key_window_(models.base, models.tensors, low, actual, compute=compute, backend=backend)
+    assert_bitwise_equal(actual, expected)
+
+
+@each_backend
+@given(data=st.data())
 def test_tie_counts(backend: str, data: st.DataObject) -> None:
     data.draw(configurations(backend))
     models = data.draw(strategies.models())

@@ -54,6 +54,7 @@ def samples(seed: int, rows: int, backend: str) -> list[tuple[str, tuple[Any, ..
         ("magnitude_bounds", (base, others, [0, 1], [2, 3], f32, backend)),
         ("key_histogram", (base, others, [-1, -1], f32, backend)),
         ("key_histogram", (None, models, [100, 65535, 16000], torch.bfloat16, backend)),
+        ("key_window_", (base, others, [0, 5], f32, torch.zeros(2, 9, dtype=torch.int64), backend)),
         ("tie_counts", (base, others, bounds, f32, backend)),
         ("topk_mask", (base, bounds[:1], ties[:1], backend)),
         ("hashed_mask", (base, bounds[:1], -3, 4, 2, 10)),
@@ -67,7 +68,7 @@ def samples(seed: int, rows: int, backend: str) -> list[tuple[str, tuple[Any, ..
 
 
 @each_working_backend
-@pytest.mark.parametrize("number", range(14))
+@pytest.mark.parametrize("number", range(15))
 def test_opcheck(number: int, backend: str) -> None:
     name, arguments = samples(0, 5, backend)[number]
     torch.library.opcheck(op(name), arguments)
@@ -90,6 +91,8 @@ def run_all(models: list[Tensor], backend: str) -> list[Tensor]:
     op("consensus_apply_out")(*merge_arguments(models, "della"), out, backend)
     changed = base.clone()
     op("zero_nonfinite_")(changed, backend)
+    counts = torch.zeros(2, 101, dtype=torch.int64)
+    op("key_window_")(base, others, [1, 2], f32, counts, backend)
     return [
         op("abs_histogram")(models, 256, backend),
         op("kth_magnitude")(models, 7, backend),
@@ -103,6 +106,7 @@ def run_all(models: list[Tensor], backend: str) -> list[Tensor]:
         random,
         out,
         changed,
+        counts,
     ]
 
 

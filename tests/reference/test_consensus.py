@@ -80,7 +80,7 @@ def test_every_flag_element_by_element(data: st.DataObject) -> None:
         "lambda_": data.draw(st.sampled_from((1.0, 0.7))),
     }
     compute = data.draw(strategies.computes)
-    value = ops.weight_sum(weights, compute)
+    value = ops.total_divisor(weights, compute)
     actual = ops.consensus_apply(
         base, models, weights, **flags, divisor_value=value, compute=compute, backend="reference"
     )
@@ -101,7 +101,7 @@ def test_every_step_is_rounded(compute: torch.dtype, with_base: bool) -> None:
     generator = torch.Generator().manual_seed(11)
     base, *models = torch.randn(4, 6, generator=generator)
     weights = [0.3, 1.7, -0.9]
-    value = ops.weight_sum(weights, compute)
+    value = ops.total_divisor(weights, compute)
     grid = itertools.product(("weighted", "none", "total", "frequency"), ("weights", "none", "count"), (1.0, 0.7))
     for election, divisor, lambda_ in grid:
         flags = {"inputs": "models", "election": election, "zero_sign": "positive", "divisor": divisor}

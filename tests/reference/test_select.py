@@ -142,6 +142,27 @@ def test_two_level_histogram_finds_the_bounds_of_the_whole_tensor(data: st.DataO
 
 
 @given(st.data())
+def test_a_window_finds_the_bound_or_says_that_it_lies_outside(data: st.DataObject) -> None:
+    models = data.draw(strategies.models(most=1))
+    numel = models.numel
+    if numel < 2:
+        return
+    rank = data.draw(st.integers(1, numel - 1))
+    bounds, _ = select.magnitude_bounds(models.base, models.tensors, [0], [rank], torch.float32)
+    threshold, ties = bounds[0, 1].tolist()
+    width = data.draw(st.sampled_from((1, 7, 100_000)))
+    low = max(0, threshold - data.draw(st.integers(0, 2 * width)))
+    counts = torch.zeros(1, width + 1, dtype=torch.int64)
+    half = numel // 2
+    flat = [None if models.base is None else models.base.reshape(-1), *(x.reshape(-1) for x in models.tensors)]
+    for part in (slice(0, half), slice(half, numel)):
+        chunk = [None if x is None else x[part] for x in flat]
+        ops.key_window_(chunk[0], chunk[1:], [low], counts, backend="reference")
+    found = ops.bound_in_window(counts[0], low, rank)
+    assert found == ((threshold, ties) if low <= threshold < low + width else None)
+
+
+@given(st.data())
 def test_hashed_ties_keep_as_many_and_rank_equals_by_their_words(data: st.DataObject) -> None:
     x = data.draw(strategies.tensors(shape=data.draw(shape_without_blocks())))
     first, last = data.draw(strategies.ranks(x.numel()))

@@ -179,9 +179,7 @@ void consensus(const ConsensusArgs* args, int64_t begin, int64_t end, void* scra
 
 }  // namespace
 
-void fill_consensus(cpu::Kernels& table) {
-    table.consensus = consensus;
-}
+void fill_consensus(cpu::Kernels& table) { table.consensus = consensus; }
 
 FM_NAMESPACE_END
 

@@ -64,7 +64,8 @@ void mass(const Models* models, const Rule* rule, int64_t begin, int64_t end, vo
         bool decide = short_rows && rule->density[m] < 1.0 && rule->density[m] > 0.0;
         int64_t segment_end = begin;
         for (int64_t segment = begin; segment < end; segment = segment_end) {
-            segment_end = short_rows ? segment + rule->row_length : smaller(end, segment - segment % kTieBlock + kTieBlock);
+            segment_end =
+                short_rows ? segment + rule->row_length : smaller(end, segment - segment % kTieBlock + kTieBlock);
             if (decide) della_row(*models, *rule, m, segment, della, della.keep);
             if (rule->method == kBand) band_open(*models, *rule, m, segment, cursor);
             for (int64_t at = segment; at < segment_end; at += kTile) {

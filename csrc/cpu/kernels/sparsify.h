@@ -18,9 +18,7 @@ struct DellaScratch {
 
 constexpr int kDellaBins = 4096;
 
-inline size_t aligned(size_t bytes) {
-    return (bytes + 63) & ~static_cast<size_t>(63);
-}
+inline size_t aligned(size_t bytes) { return (bytes + 63) & ~static_cast<size_t>(63); }
 
 inline size_t della_bytes(int32_t models, int64_t row_length) {
     if (row_length > cpu::kLongRow) return 0;
@@ -69,8 +67,7 @@ inline void keep_tile(const Rule& rule, int32_t model, int64_t begin, int count,
         for (int t = 0; t < count; ++t) keep[t] = della_keep[t] ? 0xffffffffu : 0u;
         return;
     }
-    const uint32_t* word =
-        word_tile(rule.streams[model], rule.offset + static_cast<uint64_t>(begin), count, buffer);
+    const uint32_t* word = word_tile(rule.streams[model], rule.offset + static_cast<uint64_t>(begin), count, buffer);
     if (rule.method == kBernoulli) {
         uint32_t limit = static_cast<uint32_t>(keep_limit(rule.density[model]));
         for (int t = 0; t < count; ++t) keep[t] = word[t] < limit ? 0xffffffffu : 0u;

@@ -79,8 +79,8 @@ inline uint64_t della_exact_limit(const Rule& rule, int32_t model, const uint32_
     return cache.limit[slot];
 }
 
-inline void della_row(const Models& models, const Rule& rule, int32_t model, int64_t begin,
-                      const DellaScratch& scratch, uint8_t* keep) {
+inline void della_row(const Models& models, const Rule& rule, int32_t model, int64_t begin, const DellaScratch& scratch,
+                      uint8_t* keep) {
     int64_t length = rule.row_length;
     uint32_t* keys = scratch.keys;
     float base[kTile], delta[kTile];
@@ -98,9 +98,9 @@ inline void della_row(const Models& models, const Rule& rule, int32_t model, int
     // all zeros do), the exact rank is the middle of the bin and lies between them too.
     float scale = 2147483648.0f;
     float low = static_cast<float>((rule.density[model] - rule.epsilon[model]) * 2147483648.0);
-    float step = length == 1 ? 0.0f
-                             : static_cast<float>(2.0 * rule.epsilon[model] * 2147483648.0 /
-                                                  static_cast<double>(length - 1));
+    float step = length == 1
+                     ? 0.0f
+                     : static_cast<float>(2.0 * rule.epsilon[model] * 2147483648.0 / static_cast<double>(length - 1));
     if (length == 1) low = static_cast<float>(rule.density[model] * 2147483648.0);
     float slack = scale * 1e-6f;
     LimitCache cache;

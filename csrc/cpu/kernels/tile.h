@@ -15,9 +15,7 @@ using cpu::kTile;
 using cpu::Models;
 using cpu::Rule;
 
-FM_INLINE int64_t smaller(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
+FM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Unaligned reads: safetensors data starts anywhere, odd addresses included.
 FM_INLINE float read_float(const void* data, int64_t i) {

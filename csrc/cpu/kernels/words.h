@@ -20,21 +20,13 @@ using cpu::Stream;
 #if defined(__AVX512F__)
 constexpr int kBlocksAtOnce = 8;
 typedef __m512i Lanes;
-FM_INLINE Lanes lanes_set(uint64_t value) {
-    return _mm512_set1_epi64(static_cast<long long>(value));
-}
+FM_INLINE Lanes lanes_set(uint64_t value) { return _mm512_set1_epi64(static_cast<long long>(value)); }
 FM_INLINE Lanes lanes_count(uint64_t first) {
     return _mm512_add_epi64(lanes_set(first), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
 }
-FM_INLINE Lanes lanes_multiply(Lanes a, Lanes b) {
-    return _mm512_mul_epu32(a, b);
-}
-FM_INLINE Lanes lanes_high(Lanes a) {
-    return _mm512_srli_epi64(a, 32);
-}
-FM_INLINE Lanes lanes_xor3(Lanes a, Lanes b, Lanes c) {
-    return _mm512_ternarylogic_epi64(a, b, c, 0x96);
-}
+FM_INLINE Lanes lanes_multiply(Lanes a, Lanes b) { return _mm512_mul_epu32(a, b); }
+FM_INLINE Lanes lanes_high(Lanes a) { return _mm512_srli_epi64(a, 32); }
+FM_INLINE Lanes lanes_xor3(Lanes a, Lanes b, Lanes c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 // Eight blocks of four words, from their first, second, third and fourth words.
 FM_INLINE void lanes_store(uint32_t* out, Lanes w0, Lanes w1, Lanes w2, Lanes w3) {
     Lanes front = _mm512_mask_blend_epi32(0xaaaa, w0, _mm512_slli_epi64(w1, 32));
@@ -46,21 +38,13 @@ FM_INLINE void lanes_store(uint32_t* out, Lanes w0, Lanes w1, Lanes w2, Lanes w3
 #elif defined(__AVX2__)
 constexpr int kBlocksAtOnce = 4;
 typedef __m256i Lanes;
-FM_INLINE Lanes lanes_set(uint64_t value) {
-    return _mm256_set1_epi64x(static_cast<long long>(value));
-}
+FM_INLINE Lanes lanes_set(uint64_t value) { return _mm256_set1_epi64x(static_cast<long long>(value)); }
 FM_INLINE Lanes lanes_count(uint64_t first) {
     return _mm256_add_epi64(lanes_set(first), _mm256_set_epi64x(3, 2, 1, 0));
 }
-FM_INLINE Lanes lanes_multiply(Lanes a, Lanes b) {
-    return _mm256_mul_epu32(a, b);
-}
-FM_INLINE Lanes lanes_high(Lanes a) {
-    return _mm256_srli_epi64(a, 32);
-}
-FM_INLINE Lanes lanes_xor3(Lanes a, Lanes b, Lanes c) {
-    return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
-}
+FM_INLINE Lanes lanes_multiply(Lanes a, Lanes b) { return _mm256_mul_epu32(a, b); }
+FM_INLINE Lanes lanes_high(Lanes a) { return _mm256_srli_epi64(a, 32); }
+FM_INLINE Lanes lanes_xor3(Lanes a, Lanes b, Lanes c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
 FM_INLINE void lanes_store(uint32_t* out, Lanes w0, Lanes w1, Lanes w2, Lanes w3) {
     Lanes front = _mm256_blend_epi32(w0, _mm256_slli_epi64(w1, 32), 0xaa);
     Lanes back = _mm256_blend_epi32(w2, _mm256_slli_epi64(w3, 32), 0xaa);

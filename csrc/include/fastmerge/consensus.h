@@ -14,13 +14,9 @@ FM_INLINE float elected_sign(float sum, float zero_sign) {
     return sum == 0.0f ? zero_sign : sign;
 }
 
-FM_INLINE float sign_of(float value) {
-    return value > 0.0f ? 1.0f : (value < 0.0f ? -1.0f : 0.0f);
-}
+FM_INLINE float sign_of(float value) { return value > 0.0f ? 1.0f : (value < 0.0f ? -1.0f : 0.0f); }
 
 // An element takes part when it has the elected sign; zeros and NaN never do.
-FM_INLINE bool takes_part(float value, float elected) {
-    return value * elected > 0.0f;
-}
+FM_INLINE bool takes_part(float value, float elected) { return value * elected > 0.0f; }
 
 FM_NAMESPACE_END

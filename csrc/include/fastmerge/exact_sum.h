@@ -41,9 +41,7 @@ FM_INLINE void exact_merge(ExactSum& into, const ExactSum& from) {
 }
 
 // A finite magnitude is mantissa * 2^(place - 149), place = max(exponent, 1) - 1.
-FM_INLINE uint32_t magnitude_mantissa(uint32_t key) {
-    return (key & 0x7fffffu) | (key >= 0x800000u ? 0x800000u : 0u);
-}
+FM_INLINE uint32_t magnitude_mantissa(uint32_t key) { return (key & 0x7fffffu) | (key >= 0x800000u ? 0x800000u : 0u); }
 
 FM_INLINE int magnitude_place(uint32_t key) {
     int exponent = static_cast<int>(key >> 23);

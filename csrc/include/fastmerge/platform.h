@@ -19,8 +19,8 @@
 #define FM_INLINE static inline __attribute__((always_inline))
 #endif
 
-#define FM_NAMESPACE_BEGIN      \
-    namespace fastmerge {       \
+#define FM_NAMESPACE_BEGIN \
+    namespace fastmerge {  \
     inline namespace FASTMERGE_TARGET {
 #define FM_NAMESPACE_END \
     }                    \

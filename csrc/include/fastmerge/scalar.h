@@ -13,13 +13,9 @@ enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 constexpr uint32_t kInfBits = 0x7f800000u;
 constexpr uint32_t kNanBits = 0x7fc00000u;
 
-FM_INLINE int64_t dtype_size(int32_t dtype) {
-    return dtype == kFloat32 ? 4 : 2;
-}
+FM_INLINE int64_t dtype_size(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-FM_INLINE float widen_bfloat16(uint16_t bits) {
-    return bit_cast<float>(static_cast<uint32_t>(bits) << 16);
-}
+FM_INLINE float widen_bfloat16(uint16_t bits) { return bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 
 FM_INLINE float widen_float16(uint16_t bits) {
     // Shifting the half's exponent and mantissa into a float's place leaves a value that is 2^112 too small, denormals

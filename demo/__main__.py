@@ -1,0 +1,81 @@
+"""``python -m demo``: make the family, merge it from the YAML files beside this one, score everything, judge."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# Read when torch and transformers are imported. Nothing here comes from a hub. Threads that wait for one another sleep:
+# by default they spin, which on a machine that is busy with something else makes all of this four times slower.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+HERE = Path(__file__).resolve().parent
+MERGES = ("linear", "task_arithmetic", "ties", "dare_ties")
+
+
+def main() -> int:
+    """Run the demo; 0 when it showed what it should, 1 with the reasons on stderr otherwise."""
+    import torch
+    import transformers
+    from rich.console import Console
+    from rich.table import Table
+
+    from demo import family, text, verdict
+    from demo.score import bits_per_byte
+
+    started = time.perf_counter()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+    splits = text.load()
+    family.build(HERE / "models", splits)
+
+    merged = HERE / "merged"
+    shutil.rmtree(merged, ignore_errors=True)
+    for name in MERGES:
+        merge(HERE / f"{name}.yml", merged / name)
+
+    def score(folder: Path) -> dict[str, float]:
+        model = family.load(folder).eval()
+        return {
+            domain: bits_per_byte(lambda codes: model(input_ids=codes).logits, splits[domain].held_out)
+            for domain in text.DOMAINS
+        }
+
+    models = {name: score(HERE / "models" / name) for name in (verdict.BASE, *text.DOMAINS)}
+    merges = {name: score(merged / name) for name in MERGES}
+
+    header, *rows = verdict.table(models, merges)
+    grid = Table(*header[:1], title="Bits per byte of held-out text, and the change from the base (lower is better)")
+    for column in header[1:]:
+        grid.add_column(column, justify="right")
+    for number, row in enumerate(rows, 1):
+        grid.add_row(*row, end_section=number == len(models))
+    # Wide enough for every column where the output is no terminal.
+    Console(width=None if sys.stdout.isatty() else 100).print(grid)
+
+    failures = verdict.failures(models, merges)
+    for sentence in failures:
+        print(f"demo failed: {sentence}", file=sys.stderr)
+    if not failures:
+        best = min(merges, key=lambda name: verdict.mean(merges[name]))
+        print(f"best merge: {best}, in {merged / best}; all done in {time.perf_counter() - started:.0f} s")
+    return 1 if failures else 0
+
+
+def merge(config: Path, out: Path) -> None:
+    """``fastmerge merge CONFIG OUT``, as a person would run it: from the repository's root, in a process of its own."""
+    command = [Path(sys.executable).with_name("fastmerge"), "merge", config, out, "--quiet"]
+    started = time.perf_counter()
+    result = subprocess.run(command, cwd=HERE.parent, check=False)
+    if result.returncode:
+        raise SystemExit(f"demo failed: `fastmerge merge {config.name}` ended with exit code {result.returncode}")
+    print(f"merged: fastmerge merge demo/{config.name} -> {out} ({time.perf_counter() - started:.1f} s)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""What the pages say about the code is what the code says: parameters, options, variables, links, layers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checks.layers import LAYERS
+from fastmerge import methods, ops
+from fastmerge.engine import config as config_module
+from fastmerge.methods.parameters import ELSEWHERE
+from fastmerge.reference import random
+from tests.docs.pages import PAGES, ROOT, RUN, blocks, prose
+
+DOCS = ROOT / "docs"
+
+
+def text(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, made as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}, which is not there"
+        assert not anchor or anchor in anchors(file), f"{page.name} links to {target}, which has no such heading"
+
+
+def test_every_page_of_docs_is_linked_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in DOCS.glob("*.md") if f"(docs/{page.name})" not in readme] == []
+
+
+def test_paths_that_are_named_exist() -> None:
+    """`fastmerge/...`, `csrc/...`, `bench/...`, `tests/...`, `checks/...`, `examples/...` and `demo/...` in prose."""
+    made_later = ("bench/data", "demo/models", "demo/merged")
+    pattern = re.compile(r"`((?:fastmerge|csrc|bench|tests|checks|examples|demo)/[\w./-]*)`")
+    missing = [
+        f"{page.name}: {path}"
+        for page in PAGES
+        for path in pattern.findall(prose(page))
+        if not path.startswith(made_later) and not (ROOT / path).exists()
+    ]
+    assert not missing
+
+
+def default(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_the_table_of_methods_has_each_methods_defaults(name: str) -> None:
+    row = next(line for line in text("methods.md").splitlines() if line.startswith(f"| `{name}` "))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    known = {each["name"]: each for each in methods.describe(name)["parameters"]}
+    for cell, parameter in zip(cells[3:5], ("normalize", "rescale"), strict=True):
+        assert cell == (default(known[parameter]["default"]) if parameter in known else "-"), (name, parameter)
+    extra = [f"`{each}` {known[each]['default']}" for each in ("gamma", "epsilon") if each in known]
+    assert cells[5] == (", ".join(extra) or "-")
+
+
+def test_every_parameter_is_explained() -> None:
+    explained = set(re.findall(r"^\| `(\w+)` \| (?:per model|once) \|", text("methods.md"), re.MULTILINE))
+    assert explained == {parameter for name in methods.names() for parameter in methods.parameters(name)}
+
+
+def test_methods_of_mergekit_that_are_missing_are_said_to_be() -> None:
+    page = text("methods.md")
+    missing = {name for names in ELSEWHERE.values() for name in re.findall(r"\w+", names)} - {"and"}
+    assert [name for name in missing if f"`{name}`" not in page] == []
+
+
+def test_every_option_of_merge_is_documented() -> None:
+    import typer
+
+    from fastmerge.cli import app
+
+    command = typer.main.get_command(app).commands["merge"]  # type: ignore[attr-defined]
+    options = [name for parameter in command.params for name in parameter.opts if name.startswith("--")]
+    page = text("checkpoints.md")
+    assert len(options) >= 11
+    assert [name for name in options if f"`{name}" not in page] == []
+
+
+def test_every_key_of_the_config_is_documented() -> None:
+    page = text("config.md")
+    keys = {*config_module.TOP_KEYS, *config_module.MODEL_KEYS, *config_module.CONDITION_KEYS, *config_module.NOT_YET}
+    assert [key for key in keys if f"`{key}`" not in page] == []
+    assert [dtype for dtype in config_module.DTYPES if f"`{dtype}`" not in page] == []
+
+
+def test_every_environment_variable_is_documented() -> None:
+    sources = [*(ROOT / "fastmerge").rglob("*.py"), ROOT / "setup.py"]
+    named = {found for path in sources for found in re.findall(r'"(FASTMERGE_[A-Z]+)"', path.read_text())}
+    # Macros that the build passes to the compiler, and no variables of the environment.
+    variables = named - {"FASTMERGE_TARGET", "FASTMERGE_TABLE"}
+    assert {"FASTMERGE_BACKEND", "FASTMERGE_CPU", "FASTMERGE_DEBUG", "FASTMERGE_THREADS"} <= variables
+    page = text("building.md")
+    assert [name for name in variables | {"FASTMERGE_ISA"} if f"`{name}`" not in page] == []
+
+
+def test_every_public_op_is_documented() -> None:
+    page = text("ops.md")
+    functions = [name for name in ops.__all__ if callable(getattr(ops, name)) and name != "SparsifyRule"]
+    assert [name for name in functions if f"`{name}" not in page] == []
+
+
+def test_the_layers_are_those_that_the_check_knows() -> None:
+    assert " <- ".join(LAYERS[1:]) in text("house.md")
+
+
+@pytest.mark.parametrize("purpose", ["BERNOULLI", "DELLA", "HASHED_TIES"])
+def test_the_stream_ids_are_those_of_the_code(purpose: str) -> None:
+    value = getattr(random, purpose)
+    assert re.search(rf"^\| {value} \| .*\| `0x{random.stream_id(value):08x}` \|", text("numbers.md"), re.MULTILINE)
+
+
+def test_every_page_about_an_interface_shows_it_at_work() -> None:
+    for name in ("checkpoints.md", "config.md", "methods.md", "numbers.md", "ops.md"):
+        assert any(one.language in RUN for one in blocks(DOCS / name)), name
+
+
+class TestTheFourTies:
+    """The flags that methods.md gives for each TIES, against each written out plainly."""
+
+    def setup_method(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        # Few magnitudes, so that thresholds are tied, votes cancel and zeros abound.
+        self.deltas = [torch.randint(-4, 5, (40, 30), generator=generator).float() / 8 for _ in range(3)]
+        self.weights = [1.0, 0.5, 0.25]
+        self.density = 0.3
+
+    def test_mergekit(self) -> None:
+        kept = [d * ops.topk_mask(d, self.density) for d in self.deltas]
+        weighted = torch.stack([w * d for w, d in zip(self.weights, kept)])
+        majority = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
+        agree = weighted.sign() == majority
+        weight = torch.tensor(self.weights)[:, None, None] * agree
+        expected = (weighted * agree).sum(0) / torch.where(weight.sum(0) == 0, 1.0, weight.sum(0))
+        actual = ops.consensus_merge(None, self.deltas, self.weights, inputs="deltas", density=self.density)
+        assert torch.equal(actual, expected)
+
+    @pytest.mark.parametrize("election", ["total", "frequency"])
+    def test_peft(self, election: str) -> None:
+        kept = torch.stack([d * ops.topk_mask(d, self.density) for d in self.deltas])
+        votes = kept.sum(0) if election == "total" else kept.sign().sum(0)
+        agree = (kept.sign() == votes.sign()) & (kept != 0)
+        weighted = kept * torch.tensor(self.weights)[:, None, None]
+        expected = (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)
+        actual = ops.consensus_merge(
+            None, self.deltas, self.weights, inputs="deltas", density=self.density,
+            election=election, zero_sign="zero", divisor="count",
+        )  # fmt: skip
+        assert torch.equal(actual, expected)
+
+    def test_sd_mecha(self) -> None:
+        """The threshold is counted from the smallest there: one rank lower, and ties stay."""
+        rank = int((1 - self.density) * self.deltas[0].numel())
+        kept = torch.stack([d * (d.abs() >= d.abs().flatten().kthvalue(rank).values) for d in self.deltas])
+        votes = kept.sign().sum(0).sign()
+        agree = (kept.sign() == votes) & (kept != 0)
+        expected = (kept * agree).sum(0) / agree.sum(0).clamp(min=1)
+        numel = self.deltas[0].numel()
+        actual = ops.consensus_merge(
+            None, self.deltas, 1.0, inputs="deltas", density=(numel - rank + 1) / numel, ties="keep",
+            election="frequency", zero_sign="zero", divisor="count",
+        )  # fmt: skip
+        assert torch.equal(actual, expected)
+
+
+def test_no_figure_is_left_to_be_filled_in() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert "@@" not in page.read_text(encoding="utf-8"), f"{page.name} holds a @@token@@"
