@@ -40,7 +40,7 @@ checks: $(VENV)/.dev $(VENV)/.built  ## what the repository promises about layer
 	$(BIN)/python -m checks
 
 suite: $(VENV)/.dev $(VENV)/.built  ## the test suite (ARGS="-m 'not slow'" and the like are passed on)
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile $(ARGS)
 
 build: $(VENV)/.built  ## the environment, with the package and its compiled kernels
 

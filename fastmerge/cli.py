@@ -226,6 +226,7 @@ def _plan(config: Path, out: Path, options: dict[str, Any], as_json: bool) -> st
 
 
 def _merge(config: Path, out: Path, options: dict[str, Any], quiet: bool, as_json: bool) -> str:
+    _quieten_other_threads()
     with _without_garbage_collection():
         from fastmerge.engine.report import Progress
         from fastmerge.merging import merge_checkpoints
@@ -239,6 +240,12 @@ def _merge(config: Path, out: Path, options: dict[str, Any], quiet: bool, as_jso
     if as_json:
         return json.dumps(report.to_dict())
     return "" if quiet else report.table()
+
+
+def _quieten_other_threads() -> None:
+    """A merge needs no BLAS, and the threads of others that wait for work in a loop take the kernels' cores."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@
 // The counts prove the bracket right. Where the sample misled, or equal values crowd the bracket, two histogram sweeps
 // (high and low half of the key) find the same answer. The result is exact either way; only the time differs.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -186,6 +187,64 @@ std::vector<uint32_t> sample_keys(const Vector& vector) {
     return sample;
 }
 
+// Order statistics of keys that lie in memory: a histogram finds the bin of a rank, and only that bin is looked into.
+class Counted {
+public:
+    struct Span {
+        const uint32_t* keys;
+        int64_t count;
+    };
+
+    // All keys lie within [least, most].
+    Counted(std::vector<Span> spans, uint32_t least, uint32_t most) : spans_(std::move(spans)), least_(least) {
+        while (((most - least) >> shift_) >= kBins) ++shift_;
+        // Two sets of bins, so that neighbours that are equal do not wait for one counter.
+        std::vector<int64_t> raw(2 * kBins, 0);
+        for (const Span& span : spans_)
+            for (int64_t i = 0; i < span.count; ++i) ++raw[static_cast<size_t>((i % 2) * kBins + bin(span.keys[i]))];
+        for (size_t b = 0; b < kBins; ++b) bins_[b] = raw[b] + raw[kBins + b];
+    }
+
+    struct Place {
+        uint32_t key;
+        int64_t greater, equal;
+    };
+
+    // The rank-th largest, rank from 1 to the number of keys.
+    Place largest(int64_t rank) const {
+        int64_t chosen = kBins - 1, passed = 0;
+        while (passed + bins_[static_cast<size_t>(chosen)] < rank) passed += bins_[static_cast<size_t>(chosen--)];
+        // Written without a branch, hence one place more than there are keys.
+        std::vector<uint32_t> few(static_cast<size_t>(bins_[static_cast<size_t>(chosen)]) + 1);
+        size_t found = 0;
+        for (const Span& span : spans_) {
+            for (int64_t i = 0; i < span.count; ++i) {
+                few[found] = span.keys[i];
+                found += bin(span.keys[i]) == chosen;
+            }
+        }
+        few.pop_back();
+        int64_t local = rank - passed - 1;
+        std::nth_element(few.begin(), few.begin() + local, few.end(), [](uint32_t x, uint32_t y) { return x > y; });
+        Place place = {few[static_cast<size_t>(local)], passed, 0};
+        for (uint32_t key : few) {
+            place.greater += key > place.key;
+            place.equal += key == place.key;
+        }
+        return place;
+    }
+
+private:
+    static constexpr int64_t kBins = 4096;
+
+    int64_t bin(uint32_t key) const { return static_cast<int64_t>((key - least_) >> shift_); }
+
+    std::vector<Span> spans_;
+    uint32_t least_;
+    int shift_ = 0;
+    std::array<int64_t, kBins> bins_{};
+};
+
 void choose_window(Query& query) {
     const Vector& vector = *query.vector;
     if (vector.total <= 2 * kSample) return;  // small: collect everything
@@ -194,13 +253,10 @@ void choose_window(Query& query) {
     if (size == 0) return;
     double fraction = static_cast<double>(query.rank) / static_cast<double>(vector.total);
     double place = fraction * static_cast<double>(size);
-    // Six deviations of the sampled rank: neighbours are alike, so a run of them says less than as many strangers.
-    double margin = 6.0 * std::sqrt(static_cast<double>(size) * fraction * (1.0 - fraction)) + 8.0;
-    auto falling = [](uint32_t a, uint32_t b) { return a > b; };
-    auto key_at = [&](int64_t index) {
-        std::nth_element(sample.begin(), sample.begin() + index, sample.end(), falling);
-        return sample[static_cast<size_t>(index)];
-    };
+    // Five deviations of the sampled rank: neighbours are alike, so a run of them says less than as many strangers.
+    double margin = 5.0 * std::sqrt(static_cast<double>(size) * fraction * (1.0 - fraction)) + 8.0;
+    Counted counted({{sample.data(), size}}, 0, kNanBits);
+    auto key_at = [&](int64_t index) { return counted.largest(index + 1).key; };
     int64_t upper = static_cast<int64_t>(std::floor(place - margin));
     int64_t lower = static_cast<int64_t>(std::ceil(place + margin));
     query.window.high = upper < 0 ? 0xffffffffu : key_at(upper);
@@ -260,37 +316,13 @@ bool settle(Query& query, bool want_ties) {
         for (size_t b = 0; want_ties && b < query.blocks.size(); ++b) query.ties[b] = query.blocks[b].count;
         return true;
     }
-    uint32_t least = 0xffffffffu, most = 0;
-    for (const Found& found : query.blocks) {
-        for (int64_t i = 0; i < found.count; ++i) {
-            least = std::min(least, found.keys[i]);
-            most = std::max(most, found.keys[i]);
-        }
-    }
-    constexpr int kBins = 4096;
-    int shift = 0;
-    while (((most - least) >> shift) >= kBins) ++shift;
-    std::vector<int64_t> bins(kBins, 0);
-    for (const Found& found : query.blocks)
-        for (int64_t i = 0; i < found.count; ++i) ++bins[(found.keys[i] - least) >> shift];
-    int64_t wanted = query.rank - above;  // 1-based among the collected, falling
-    int bin = kBins - 1;
-    int64_t passed = 0;
-    while (passed + bins[static_cast<size_t>(bin)] < wanted) passed += bins[static_cast<size_t>(bin--)];
-    std::vector<uint32_t> few;
-    few.reserve(static_cast<size_t>(bins[static_cast<size_t>(bin)]));
-    for (const Found& found : query.blocks)
-        for (int64_t i = 0; i < found.count; ++i)
-            if (static_cast<int>((found.keys[i] - least) >> shift) == bin) few.push_back(found.keys[i]);
-    int64_t local = wanted - passed - 1;
-    std::nth_element(few.begin(), few.begin() + local, few.end(), [](uint32_t a, uint32_t b) { return a > b; });
-    query.key = few[static_cast<size_t>(local)];
-    int64_t greater_here = 0;
-    for (uint32_t key : few) {
-        greater_here += key > query.key;
-        query.equal += key == query.key;
-    }
-    query.greater = above + passed + greater_here;
+    std::vector<Counted::Span> spans;
+    for (const Found& found : query.blocks) spans.push_back({found.keys, found.count});
+    Counted counted(std::move(spans), query.window.low, std::min(query.window.high, kNanBits));
+    Counted::Place place = counted.largest(query.rank - above);
+    query.key = place.key;
+    query.greater = above + place.greater;
+    query.equal = place.equal;
     if (want_ties && query.rank - query.greater < query.equal) {
         for (size_t b = 0; b < query.blocks.size(); ++b)
             query.ties[b] = kernels().count_key(query.blocks[b].keys, query.blocks[b].count, query.key);

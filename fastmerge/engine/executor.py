@@ -30,7 +30,7 @@ OnNonfinite = Literal["error", "warn", "zero"]
 Counts = dict[str, dict[str, tuple[int, int]]]
 
 _MOST_LOADS = 16
-_FULL_LOADS = 3
+_FULL_LOADS = 2
 
 
 class Sink(Protocol):

@@ -36,12 +36,12 @@ class TensorLike(Protocol):
 def merge_digest(tensors: Iterable[TensorLike], digests: Mapping[str, str]) -> str:
     """One SHA-256 (hex) over all tensors of a model.
 
-    It covers the sorted lines ``name dtype shape sha256`` (shape as in ``[2,3]``, each line ended by a newline) and
+    It covers the sorted lines ``name dtype shape digest`` (shape as in ``[2,3]``, each line ended by a newline) and
     nothing else: the same tensors have the same digest however they are sharded and whenever they were made.
 
     Args:
         tensors: the tensors.
-        digests: SHA-256 (hex) of each tensor's bytes, by name.
+        digests: BLAKE3 (hex) of each tensor's bytes, by name.
     """
     lines = sorted(
         f"{tensor.name} {tensor.dtype} {json.dumps(list(tensor.shape), separators=(',', ':'))} {digests[tensor.name]}\n"
@@ -69,7 +69,7 @@ def build_manifest(
         config: the configuration as given: a dict, or the YAML text.
         inputs: the identity of each model, base first (see ``Checkpoint.identity``).
         tensors: the output's tensors.
-        digests: SHA-256 (hex) of each tensor's bytes, by name.
+        digests: BLAKE3 (hex) of each tensor's bytes, by name.
         numerics: ``"fp32"`` or ``"mergekit"``.
         seed: the seed of the random methods.
         backend: the backend that computed.
@@ -94,7 +94,7 @@ def build_manifest(
         raise ValueError(f"The manifest has its own entry {clashes[0]!r}.")
     manifest |= extra
     manifest["tensors"] = {
-        tensor.name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "sha256": digests[tensor.name]}
+        tensor.name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "blake3": digests[tensor.name]}
         for tensor in sorted(tensors, key=lambda tensor: tensor.name)
     }
     return manifest

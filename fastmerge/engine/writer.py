@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import shutil
@@ -19,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from blake3 import blake3
 
 from fastmerge.engine.atomic import AtomicDirectory, check_target, disk_error, fsync_path
 from fastmerge.engine.card import model_card
@@ -124,7 +125,7 @@ class _Target:
     file: OutputFile
     offset: int
     position: int = 0
-    digest: Any = field(default_factory=hashlib.sha256)
+    digest: Any = field(default_factory=blake3)
 
 
 class ModelWriter:
@@ -147,7 +148,7 @@ class ModelWriter:
     """
 
     digests: dict[str, str]
-    """SHA-256 (hex) of each tensor's bytes, as soon as the tensor is complete."""
+    """BLAKE3 (hex) of each tensor's bytes, as soon as the tensor is complete."""
 
     def __init__(
         self,
@@ -270,7 +271,7 @@ class ModelWriter:
             self._targets[tensor.name] = _Target(tensor, shard, offset)
             offset += tensor.nbytes
             if tensor.nbytes == 0:
-                self.digests[tensor.name] = hashlib.sha256().hexdigest()
+                self.digests[tensor.name] = blake3().hexdigest()
 
     def _close_shards(self) -> None:
         for shard in self._shards:

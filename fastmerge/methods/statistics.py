@@ -21,7 +21,7 @@ from fastmerge.methods.base import Chunk, Known, Statistic, TensorContext
 _KEYS = 1 << 31
 _WINDOW_KEYS = 1 << 22
 """Keys in all windows of a tensor together: 32 MiB of counts."""
-_WINDOW_MASS = 0.03
+_WINDOW_MASS = 0.015
 """How far from its rank in the sample a bound may lie, as a fraction of the tensor."""
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -45,7 +45,7 @@ def test_a_merge_writes_a_hugging_face_directory_and_prints_the_closing_table(ru
     manifest = json.loads((out / "manifest.json").read_text())
     for name, value in merged.items():
         raw = value.contiguous().view(torch.uint8).numpy().tobytes()
-        assert manifest["tensors"][name]["sha256"] == hashlib.sha256(raw).hexdigest()
+        assert manifest["tensors"][name]["blake3"] == blake3(raw).hexdigest()
     assert manifest["digest"] in result.stdout
     assert (out / "tokenizer.json").read_text() == '{"of": "base"}'
     assert "merge_method: ties" in (out / "README.md").read_text()

@@ -52,7 +52,7 @@ def test_the_digest_depends_on_tensors_alone_and_not_on_their_order() -> None:
 def test_a_manifest_survives_json_and_names_everything_that_went_in() -> None:
     manifest = build(nonfinite={"one": {"a.bias": (1, 0)}})
     read = json.loads(json.dumps(manifest))
-    assert read["tensors"]["b.weight"] == {"dtype": "BF16", "shape": [2, 3], "sha256": DIGESTS["b.weight"]}
+    assert read["tensors"]["b.weight"] == {"dtype": "BF16", "shape": [2, 3], "blake3": DIGESTS["b.weight"]}
     assert list(read["tensors"]) == ["a.bias", "b.weight", "c"]
     assert read["versions"].keys() == {"fastmerge", "torch", "python"}
     assert read["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))

@@ -42,16 +42,29 @@ inline void multiply_tile(int32_t compute, int count, float factor, float* __res
     round_tile(compute, count, values);
 }
 
-// rows[i] = the delta of model i after masking and rescaling.
+// row = weight * the delta of model i after masking and rescaling; weight 1 where the election comes first.
 inline void sparsify_tile(const ConsensusArgs& args, int32_t i, int64_t begin, int count, const uint8_t* della_keep,
-                          Workspace& w, float* __restrict row) {
+                          Workspace& w, float weight, float* __restrict row) {
+    int32_t compute = args.models.compute;
     delta_tile(args.models, i, begin, count, w.base, row);
+    const BandCursor& cursor = w.cursors[i];
+    if (args.rule.method == kBand && !cursor.split[0] && !cursor.split[1] && args.scales[i] == 1.0f &&
+        compute == kFloat32) {
+        uint32_t first = cursor.threshold[0], last = cursor.threshold[1];
+        for (int t = 0; t < count; ++t) {
+            uint32_t key = magnitude_key(row[t]);
+            uint32_t bits = (key < first && key >= last) ? bit_cast<uint32_t>(row[t]) : 0u;
+            row[t] = bit_cast<float>(bits) * weight;
+        }
+        return;
+    }
     if (args.rule.method != kKeepAll) {
         keep_tile(args.rule, i, begin, count, row, w.cursors[i], della_keep, w.words, w.keep);
         const uint32_t* __restrict keep = w.keep;
         for (int t = 0; t < count; ++t) row[t] = bit_cast<float>(bit_cast<uint32_t>(row[t]) & keep[t]);
     }
-    if (args.scales[i] != 1.0f) multiply_tile(args.models.compute, count, args.scales[i], row);
+    if (args.scales[i] != 1.0f) multiply_tile(compute, count, args.scales[i], row);
+    if (weight != 1.0f) multiply_tile(compute, count, weight, row);
 }
 
 inline void sum_rows(int n, int count, const float* rows, float* __restrict sum) {
@@ -106,6 +119,54 @@ inline void merge_elected(const ConsensusArgs& args, int count, const float* row
     round_tile(compute, count, mixed);
 }
 
+// The usual case in one loop, with the models' values in registers: a weighted election and float32 throughout.
+// Divides, too, where the divisor is the sum of the weights that took part.
+template <int kModels>
+inline void merge_weighted(const ConsensusArgs& args, int count, const float* __restrict rows,
+                           float* __restrict mixed) {
+    float zero_sign = args.zero_sign;
+    bool divide = args.divisor == kDivideWeights || args.divisor == kDivideCount;
+    const float* row[kModels];
+    float weight[kModels];
+    for (int i = 0; i < kModels; ++i) {
+        row[i] = rows + static_cast<int64_t>(i) * kTile;
+        weight[i] = args.divisor == kDivideCount ? 1.0f : args.weights[i];
+    }
+    for (int64_t t = 0; t < count; ++t) {
+        float x[kModels];
+        for (int i = 0; i < kModels; ++i) x[i] = row[i][t];
+        float sum = x[0];
+        for (int i = 1; i < kModels; ++i) sum = sum + x[i];
+        float elected = elected_sign(sum, zero_sign);
+        float total = 0.0f, share = 0.0f;
+        for (int i = 0; i < kModels; ++i) {
+            bool part = takes_part(x[i], elected);
+            total = total + (part ? x[i] : 0.0f);
+            share = share + (part ? weight[i] : 0.0f);
+        }
+        float divisor = !divide || share == 0.0f ? 1.0f : share;
+        mixed[t] = total / divisor;
+    }
+}
+
+inline bool merge_in_one_loop(const ConsensusArgs& args, int count, const float* rows, float* mixed) {
+    if (args.election != kElectWeighted || args.models.compute != kFloat32 || args.divisor == kDivideValue)
+        return false;
+    switch (args.models.count) {
+        case 2:
+            merge_weighted<2>(args, count, rows, mixed);
+            return true;
+        case 3:
+            merge_weighted<3>(args, count, rows, mixed);
+            return true;
+        case 4:
+            merge_weighted<4>(args, count, rows, mixed);
+            return true;
+        default:
+            return false;
+    }
+}
+
 inline void divide_tile(const ConsensusArgs& args, int count, float* __restrict shares, float* __restrict mixed) {
     int32_t compute = args.models.compute;
     bool per_element = args.election != kElectNone && (args.divisor == kDivideWeights || args.divisor == kDivideCount);
@@ -144,17 +205,19 @@ inline void merge_tile(const ConsensusArgs& args, int64_t begin, int count, int6
     base_tile(args.models, begin, count, w.base);
     for (int i = 0; i < n; ++i) {
         float* row = w.rows + static_cast<int64_t>(i) * kTile;
-        sparsify_tile(args, i, begin, count, w.della.keep + i * args.rule.row_length + (begin - segment), w, row);
-        if (weigh_first && args.weights[i] != 1.0f) multiply_tile(compute, count, args.weights[i], row);
+        const uint8_t* della_keep = w.della.keep + i * args.rule.row_length + (begin - segment);
+        sparsify_tile(args, i, begin, count, della_keep, w, weigh_first ? args.weights[i] : 1.0f, row);
     }
-    if (args.election == kElectNone) {
-        sum_rows(n, count, w.rows, w.mixed);
-        round_tile(compute, count, w.mixed);
-    } else {
-        elect(args, count, w.rows, w.elected);
-        merge_elected(args, count, w.rows, w.elected, w.mixed, w.shares);
+    if (!merge_in_one_loop(args, count, w.rows, w.mixed)) {
+        if (args.election == kElectNone) {
+            sum_rows(n, count, w.rows, w.mixed);
+            round_tile(compute, count, w.mixed);
+        } else {
+            elect(args, count, w.rows, w.elected);
+            merge_elected(args, count, w.rows, w.elected, w.mixed, w.shares);
+        }
+        divide_tile(args, count, w.shares, w.mixed);
     }
-    divide_tile(args, count, w.shares, w.mixed);
     finish_tile(args, begin, count, w);
 }
 

@@ -27,7 +27,7 @@ inline DellaBins della_bins(const uint32_t* keys, int64_t length, uint32_t* __re
     }
     uint32_t least = least_less_one + 1u;  // 0 where there are only zeros
     if (least == 0) least = most = 1;
-    int64_t wanted = length < 64 ? 64 : (length < kDellaBins - 2 ? length : kDellaBins - 2);
+    int64_t wanted = length < 64 * 4 ? 64 : (length / 4 < kDellaBins - 2 ? length / 4 : kDellaBins - 2);
     int shift = 0;
     while (static_cast<int64_t>((most - least) >> shift) >= wanted) ++shift;
     for (int64_t i = 0; i < length; ++i) {

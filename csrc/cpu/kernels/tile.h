@@ -85,26 +85,21 @@ inline void base_tile(const Models& models, int64_t begin, int count, float* out
     if (models.base.data != nullptr) load_rounded(models.base, models.compute, begin, count, out);
 }
 
+// By way of a buffer: compilers cannot know that an output of bytes does not overlap the values.
 inline void store_tile(void* data, int32_t dtype, int64_t begin, int count, const float* __restrict values) {
     if (dtype == kFloat32) {
-        char* out = static_cast<char*>(data) + 4 * begin;
-        for (int t = 0; t < count; ++t) {
-            float value = canonical(values[t]);
-            memcpy(out + 4 * t, &value, 4);
-        }
-    } else if (dtype == kBFloat16) {
-        char* out = static_cast<char*>(data) + 2 * begin;
-        for (int t = 0; t < count; ++t) {
-            uint16_t value = round_bfloat16(values[t]);
-            memcpy(out + 2 * t, &value, 2);
-        }
-    } else {
-        char* out = static_cast<char*>(data) + 2 * begin;
-        for (int t = 0; t < count; ++t) {
-            uint16_t value = round_float16(values[t]);
-            memcpy(out + 2 * t, &value, 2);
-        }
+        float rounded[kTile];
+        for (int t = 0; t < count; ++t) rounded[t] = canonical(values[t]);
+        memcpy(static_cast<char*>(data) + 4 * begin, rounded, 4 * static_cast<size_t>(count));
+        return;
     }
+    uint16_t rounded[kTile];
+    if (dtype == kBFloat16) {
+        for (int t = 0; t < count; ++t) rounded[t] = round_bfloat16(values[t]);
+    } else {
+        for (int t = 0; t < count; ++t) rounded[t] = round_float16(values[t]);
+    }
+    memcpy(static_cast<char*>(data) + 2 * begin, rounded, 2 * static_cast<size_t>(count));
 }
 
 inline void key_tile(int count, const float* __restrict values, uint32_t* __restrict keys) {
