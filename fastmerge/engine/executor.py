@@ -154,6 +154,7 @@ class _Execution:
         self.at_hand: _Progressing | None = None
         self.scratch = bytearray(0)
         self.bytes_read = 0
+        self.elements_merged = 0
         # Of each job that may take a fallback: the last sweep whose purpose is known, and whether it merges.
         self.decided: dict[str, tuple[int, bool]] = {}
 
@@ -244,7 +245,9 @@ class _Execution:
 
         def known() -> tuple[bool] | None:
             last, merges = self.decided.get(job.name, (0, False))
-            return (not merges,) if merges or last >= sweep - 1 else None
+            if merges:
+                return (sweep <= last,)
+            return (True,) if last >= sweep - 1 else None
 
         answer: tuple[bool] = self._wait(known)
         return answer[0]
@@ -380,6 +383,9 @@ class _Execution:
             if self.progress is not None and not load.sample:
                 stored = sum(TORCH_DTYPES[one.info.dtype].itemsize for one in load.job.inputs)
                 self.progress.advance(load.numel * stored, load.job.name)
+        missing = sum(job.numel for job in self.plan.jobs) - self.elements_merged
+        if missing:
+            raise MergeError(f"{missing} elements were not merged; this is a mistake in fastmerge, please report it.")
         self._put(self.merged, None)
 
     def _merge_load(self, filled: _Filled) -> None:
@@ -475,6 +481,7 @@ class _Execution:
         return block.tensor(0, job.out, numel), block
 
     def _deliver(self, job: Job, offset: int, numel: int, block: Block | None) -> None:
+        self.elements_merged += numel
         if block is not None:
             self._put(self.merged, _Merged(job.name, offset * job.out.itemsize, block, numel * job.out.itemsize))
 

@@ -19,9 +19,11 @@ import fastmerge
 from fastmerge.engine import executor as executor_module
 from fastmerge.engine.buffers import ALIGNMENT, Arena
 from fastmerge.engine.checkpoint import Checkpoint
+from fastmerge.engine.executor import DictSink, _Execution
 from fastmerge.engine.writer import ModelWriter
 from fastmerge.errors import ArgumentError, ArgumentTypeError, FastmergeError, MergeError
-from fastmerge.merging import merge_checkpoints
+from fastmerge.merging import merge_checkpoints, plan_checkpoints
+from fastmerge.methods.statistics import KeyWindow
 from tests.engine.small_family import Tensors, config_for, family, load, save, save_family
 from tests.numeric import assert_bitwise_equal
 
@@ -313,6 +315,31 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt, match="nothing of it is left"):
         run(tmp_path, base, tuned, progress=progress)
     assert progress.calls == 3 and progress.closed
+    assert left_behind(tmp_path) == [] and no_threads()
+
+
+@pytest.mark.parametrize(
+    ("decided", "sweep", "needed"),
+    [((1, False), 2, True), ((1, True), 2, False), ((2, False), 2, True), ((2, True), 2, True), ((2, True), 3, False)],
+)
+def test_the_sweep_that_merges_is_read_however_late_the_reader_asks(
+    tmp_path: Path, decided: tuple[int, bool], sweep: int, needed: bool
+) -> None:
+    paths = save_family(tmp_path / "in", *family(2))
+    plan = plan_checkpoints(config_for("ties", paths, [0.5, 0.5], density=0.5), memory_budget="200kB")
+    job = next(job for job in plan.jobs if job.most_sweeps > job.sweeps)
+    execution = _Execution(plan, DictSink(plan), "error", "auto", None)
+    execution.decided[job.name] = decided
+    assert execution._another_sweep(job, sweep) is needed
+
+
+def test_an_output_that_was_not_merged_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should the reader ever stop too early, nothing is returned rather than memory that nobody wrote."""
+    base, tuned = family(2)
+    monkeypatch.setattr(_Execution, "_another_sweep", lambda self, job, sweep: False)
+    monkeypatch.setattr(KeyWindow, "finish", lambda self, state, known: None)
+    with pytest.raises(MergeError, match="not merged"):
+        run(tmp_path, base, tuned, memory_budget="200kB")
     assert left_behind(tmp_path) == [] and no_threads()
 
 
