@@ -228,6 +228,8 @@ def merge_checkpoints(
             writer.abort()
             raise
     ended = time.perf_counter()
+    moved = outcome.bytes_read + plan.bytes_written
+    bandwidth = outcome.copy_bandwidth
     seconds = {"start_up": started - began, **outcome.seconds, "total": ended - began}
     seconds["writing"] += ended - finishing
     return MergeReport(
@@ -243,7 +245,7 @@ def merge_checkpoints(
         digest=digest,
         backend=name,
         notes=list(plan.notes),
-        copy_fraction=copy_fraction(outcome.bytes_read + plan.bytes_written, ended - started),
+        copy_fraction=None if bandwidth is None else copy_fraction(moved, ended - started, bandwidth),
     )
 
 

@@ -5,16 +5,15 @@
 // The counts prove the bracket right. Where the sample misled, or equal values crowd the bracket, two histogram sweeps
 // (high and low half of the key) find the same answer. The result is exact either way; only the time differs.
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
-#include <new>
 
 #include "cpu/api.h"
+#include "cpu/arena.h"
+#include "cpu/counted.h"
 #include "cpu/pool.h"
 #include "fastmerge/keys.h"
 
@@ -88,74 +87,6 @@ struct Query {
     bool counts_only() const { return window.low == window.high; }
 };
 
-// Memory for the collected keys, kept between calls because fresh pages cost more than the keys that go into them.
-class Arena {
-public:
-    uint32_t* reserve(int64_t count) {
-        if (chunk_ < chunks_.size() && used_ + count > kChunk) next();
-        if (chunk_ >= chunks_.size()) {
-            chunks_.emplace_back(static_cast<uint32_t*>(std::malloc(kChunk * sizeof(uint32_t))), &std::free);
-            if (!chunks_.back()) throw std::bad_alloc();
-            used_ = 0;
-        }
-        return chunks_[chunk_].get() + used_;
-    }
-
-    void keep(int64_t count) { used_ += count; }
-
-    void rewind() {
-        if (chunks_.size() > kKept) chunks_.resize(kKept);
-        chunk_ = 0;
-        used_ = 0;
-    }
-
-private:
-    static constexpr int64_t kChunk = int64_t{1} << 19;  // 2 MiB
-    static constexpr size_t kKept = 8;
-
-    void next() {
-        ++chunk_;
-        used_ = 0;
-    }
-
-    struct Chunk : std::unique_ptr<uint32_t, void (*)(void*)> {
-        Chunk() : std::unique_ptr<uint32_t, void (*)(void*)>(nullptr, &std::free) {}
-        Chunk(uint32_t* memory, void (*release)(void*)) : std::unique_ptr<uint32_t, void (*)(void*)>(memory, release) {}
-    };
-    std::vector<Chunk> chunks_;
-    size_t chunk_ = 0;
-    int64_t used_ = 0;
-};
-
-std::mutex arenas_mutex;
-std::vector<std::vector<Arena>> spare_arenas;
-
-class Arenas {
-public:
-    Arenas() {
-        {
-            std::lock_guard<std::mutex> lock(arenas_mutex);
-            if (!spare_arenas.empty()) {
-                arenas_ = std::move(spare_arenas.back());
-                spare_arenas.pop_back();
-            }
-        }
-        if (arenas_.size() < static_cast<size_t>(threads())) arenas_.resize(static_cast<size_t>(threads()));
-    }
-    ~Arenas() {
-        for (Arena& arena : arenas_) arena.rewind();
-        std::lock_guard<std::mutex> lock(arenas_mutex);
-        spare_arenas.push_back(std::move(arenas_));
-    }
-    Arenas(const Arenas&) = delete;
-    Arenas& operator=(const Arenas&) = delete;
-
-    Arena& of(int thread) { return arenas_[static_cast<size_t>(thread)]; }
-
-private:
-    std::vector<Arena> arenas_;
-};
-
 uint64_t scatter(uint64_t x) {  // splitmix64, to keep the sample from lining up with the rows of a matrix
     x += 0x9e3779b97f4a7c15ull;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -186,64 +117,6 @@ std::vector<uint32_t> sample_keys(const Vector& vector) {
     }
     return sample;
 }
-
-// Order statistics of keys that lie in memory: a histogram finds the bin of a rank, and only that bin is looked into.
-class Counted {
-public:
-    struct Span {
-        const uint32_t* keys;
-        int64_t count;
-    };
-
-    // All keys lie within [least, most].
-    Counted(std::vector<Span> spans, uint32_t least, uint32_t most) : spans_(std::move(spans)), least_(least) {
-        while (((most - least) >> shift_) >= kBins) ++shift_;
-        // Two sets of bins, so that neighbours that are equal do not wait for one counter.
-        std::vector<int64_t> raw(2 * kBins, 0);
-        for (const Span& span : spans_)
-            for (int64_t i = 0; i < span.count; ++i) ++raw[static_cast<size_t>((i % 2) * kBins + bin(span.keys[i]))];
-        for (size_t b = 0; b < kBins; ++b) bins_[b] = raw[b] + raw[kBins + b];
-    }
-
-    struct Place {
-        uint32_t key;
-        int64_t greater, equal;
-    };
-
-    // The rank-th largest, rank from 1 to the number of keys.
-    Place largest(int64_t rank) const {
-        int64_t chosen = kBins - 1, passed = 0;
-        while (passed + bins_[static_cast<size_t>(chosen)] < rank) passed += bins_[static_cast<size_t>(chosen--)];
-        // Written without a branch, hence one place more than there are keys.
-        std::vector<uint32_t> few(static_cast<size_t>(bins_[static_cast<size_t>(chosen)]) + 1);
-        size_t found = 0;
-        for (const Span& span : spans_) {
-            for (int64_t i = 0; i < span.count; ++i) {
-                few[found] = span.keys[i];
-                found += bin(span.keys[i]) == chosen;
-            }
-        }
-        few.pop_back();
-        int64_t local = rank - passed - 1;
-        std::nth_element(few.begin(), few.begin() + local, few.end(), [](uint32_t x, uint32_t y) { return x > y; });
-        Place place = {few[static_cast<size_t>(local)], passed, 0};
-        for (uint32_t key : few) {
-            place.greater += key > place.key;
-            place.equal += key == place.key;
-        }
-        return place;
-    }
-
-private:
-    static constexpr int64_t kBins = 4096;
-
-    int64_t bin(uint32_t key) const { return static_cast<int64_t>((key - least_) >> shift_); }
-
-    std::vector<Span> spans_;
-    uint32_t least_;
-    int shift_ = 0;
-    std::array<int64_t, kBins> bins_{};
-};
 
 void choose_window(Query& query) {
     const Vector& vector = *query.vector;

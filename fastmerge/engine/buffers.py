@@ -31,6 +31,7 @@ class Arena:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = memoryview(self._map)
         self._free: list[tuple[int, int]] = [(0, self.nbytes)]
+        self._touched = 0
 
     def take(self, nbytes: int) -> Block | None:
         """A block of at least `nbytes`, or None when no free place is that large now."""
@@ -38,8 +39,13 @@ class Arena:
         for index, (start, stop) in enumerate(self._free):
             if stop - start >= nbytes:
                 self._free[index : index + 1] = [(start + nbytes, stop)] if stop - start > nbytes else []
+                self._touched = max(self._touched, start + nbytes)
                 return Block(self, start, nbytes)
         return None
+
+    def touched(self) -> memoryview:
+        """The part of the range that has been lent so far."""
+        return self._bytes[: self._touched]
 
     def give(self, block: Block) -> None:
         """Take a block back. Tensors and views of it must not be used any more."""

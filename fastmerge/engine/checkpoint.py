@@ -7,9 +7,6 @@ Hugging Face hub), reads headers only, and refuses with a sentence whatever coul
 from __future__ import annotations
 
 import errno
-import fnmatch
-import glob
-import json
 import os
 import re
 import threading
@@ -18,16 +15,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from fastmerge.engine.files import (
+    NOT_WEIGHTS,
+    PICKLE_INDEX,
+    SAFETENSORS_INDEX,
+    check_all_shards,
+    entries,
+    listed,
+    matches,
+)
+from fastmerge.engine.hub import locate_on_hub
 from fastmerge.engine.safetensors_header import Header, TensorInfo, open_regular, parse_json, read_header
 from fastmerge.errors import ArgumentError, CheckpointError, MergeError
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
-SAFETENSORS_INDEX = "model.safetensors.index.json"
-PICKLE_INDEX = "pytorch_model.bin.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_NOT_WEIGHTS = ("adapter_model*", "adapter.safetensors", "optimizer*", "scheduler*", "rng_state*", "training_args*")
-_SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.\w+$")
 
 # What a merged directory takes over from the base. The weights, their index, config.json and the README are made anew.
 _SIDE_FILES = (
@@ -213,12 +216,12 @@ class Checkpoint:
         found: list[Path] = []
         if not self._owns_root:
             return found
-        for path in _entries(self.root):
+        for path in entries(self.root):
             name = path.name
-            if _matches(name, _SIDE_FILES) and not _matches(name, _NEVER_SIDE) and path.is_file():
+            if matches(name, _SIDE_FILES) and not matches(name, _NEVER_SIDE) and path.is_file():
                 found.append(path)
         for folder in _SIDE_FOLDERS:
-            found.extend(path for path in _entries(self.root / folder) if path.is_file())
+            found.extend(path for path in entries(self.root / folder) if path.is_file())
         return sorted(found)
 
     def identity(self) -> dict[str, Any]:
@@ -270,17 +273,17 @@ def open_checkpoint(ref: str | Path, *, revision: str | None = None) -> Checkpoi
             f"{text} does not exist as a path, and as a name it asks for the adapter {adapter} on {model}, which this "
             "version does not support; merge the adapter into its model first (peft: merge_and_unload)."
         )
-    directory, commit = _locate_on_hub(text, revision)
+    directory, commit = locate_on_hub(text, revision)
     return _open_directory(text, directory, revision=commit)
 
 
 def _open_directory(ref: str, root: Path, revision: str | None) -> Checkpoint:
-    names = sorted(path.name for path in _entries(root))
+    names = sorted(path.name for path in entries(root))
     for suffix, index_name, build in (
         (".safetensors", SAFETENSORS_INDEX, _safetensors_source),
         (".bin", PICKLE_INDEX, _pickle_source),
     ):
-        weights = [name for name in names if name.endswith(suffix) and not _matches(name, _NOT_WEIGHTS)]
+        weights = [name for name in names if name.endswith(suffix) and not matches(name, NOT_WEIGHTS)]
         indices = [name for name in names if name.endswith(f"{suffix}.index.json")]
         if index_name in indices:
             indices = [index_name]
@@ -296,13 +299,13 @@ def _open_directory(ref: str, root: Path, revision: str | None) -> Checkpoint:
         if single in weights:
             weights = [single]
         if weights:
-            _check_all_shards(ref, weights)
+            check_all_shards(ref, weights)
             return _assemble(ref, root, [root / name for name in weights], build, revision)
     raise CheckpointError(_nothing_found(ref, names))
 
 
 def _nothing_found(ref: str, names: list[str]) -> str:
-    if any(_matches(name, ("adapter_config.json", "adapter_model*")) for name in names):
+    if any(matches(name, ("adapter_config.json", "adapter_model*")) for name in names):
         return (
             f"{ref} holds an adapter (adapter_config.json) and no model; merge the adapter into its model first "
             "(peft: merge_and_unload, then save_pretrained)."
@@ -367,7 +370,7 @@ def _open_indexed(
     missing = [shard for shard in shards if not os.path.exists(root / shard)]
     if missing:
         raise CheckpointError(
-            f"{ref} lacks {_listed(missing)}, named by {index_name}; {again}, {len(shards)} shards in all."
+            f"{ref} lacks {listed(missing)}, named by {index_name}; {again}, {len(shards)} shards in all."
         )
     return _assemble(ref, root, [root / shard for shard in shards], build, revision, index=(index, weight_map))
 
@@ -388,19 +391,6 @@ def _check_shard_path(index: Path, tensor: str, shard: Any, suffix: str) -> None
         )
     if not shard.endswith(suffix):
         raise CheckpointError(f"{where}, which is not a {suffix} file; download the model again.")
-
-
-def _check_all_shards(ref: str, names: list[str]) -> None:
-    """Without an index, `-00002-of-00003` in the names still says how many shards there must be."""
-    groups: dict[tuple[str, int], set[int]] = {}
-    for name in names:
-        if match := _SHARD_NAME.match(name):
-            groups.setdefault((match["stem"], int(match["count"])), set()).add(int(match["number"]))
-    for (stem, count), numbers in groups.items():
-        if len(numbers) < count:
-            raise CheckpointError(
-                f"{ref} has {len(numbers)} of the {count} shards {stem}-*-of-{count:05d}; download the model again."
-            )
 
 
 def _assemble(
@@ -538,122 +528,3 @@ def _read_whole(path: Path, limit: int = 256 << 20) -> bytes:
     if len(data) > limit:
         raise CheckpointError(f"{path} is larger than {limit >> 20} MiB, which no such file is; download it again.")
     return data
-
-
-def _entries(directory: Path) -> list[Path]:
-    try:
-        return sorted(directory.iterdir())
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise CheckpointError(f"{directory} cannot be read ({error.strerror}); check its permissions.") from None
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-# -- the Hugging Face hub: the local cache first, the network only for what it lacks
-
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_SMALL_FILES = (
-    "*.json", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.jinja", "*.py", "tokenizer*",
-    "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*", "additional_chat_templates/*",
-)  # fmt: skip
-
-
-def _locate_on_hub(ref: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """Return the local directory and the commit of the hub model `org/name[@revision]`, downloading what is missing.
-
-    Raises:
-        CheckpointError: a sentence that says what was tried.
-    """
-    repository, _, written = ref.partition("@")
-    revision = written or revision
-    if not _HUB_NAME.fullmatch(repository) or len(repository) > 96:  # the hub's own limit
-        raise CheckpointError(
-            f"{ref} does not exist: there is no such directory or file, and it is not the name of a hub model "
-            "(org/name or org/name@revision); check the path."
-        )
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise CheckpointError(
-            f"{ref} is not a directory or file here, and huggingface_hub is not installed to look it up on the hub; "
-            "check the path or `pip install huggingface_hub`."
-        ) from None
-
-    cached = _cached(repository, revision)
-    if cached is not None and _has_weights(cached) and _has_small_files(cached):
-        return cached, _commit(cached)
-    try:
-        names = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
-        wanted = [glob.escape(name) for name in select_hub_files(names)]
-        directory = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # every way in which a network can fail, from three libraries
-        if cached is not None and _has_weights(cached):
-            return cached, _commit(cached)
-        state = "holds only a part of it" if cached is not None else "does not hold it"
-        first = str(error).strip().splitlines()
-        reason = (first[0] if first else type(error).__name__).rstrip(".")
-        raise CheckpointError(
-            f"{ref} was not found: there is no such directory or file, the local Hugging Face cache {state}, and the "
-            f"hub did not give it ({reason}); check the name, the connection and, for a gated model, HF_TOKEN."
-        ) from error
-    return directory, _commit(directory)
-
-
-def select_hub_files(names: list[str]) -> list[str]:
-    """Of a repository's files, those that a merge needs: one copy of the weights, safetensors if there are any."""
-    top = [name for name in names if "/" not in name]
-    weights = [name for name in top if name.endswith(".safetensors") and not name.startswith("adapter_")]
-    # Some repositories hold the weights twice, as model-*.safetensors and as one consolidated file.
-    weights = [name for name in weights if name.startswith("model")] or weights
-    if not weights:
-        weights = [name for name in top if fnmatch.fnmatchcase(name, "pytorch_model*.bin")]
-    small = [name for name in names if _matches(name, _HUB_SMALL_FILES)]
-    small = [name for name in small if "/" not in name or name.startswith("additional_chat_templates/")]
-    return sorted(set(weights) | set(small))
-
-
-def _cached(repository: str, revision: str | None) -> Path | None:
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
-    except Exception:  # not in the cache, in whatever words this version of the library says so
-        return None
-
-
-def _has_weights(directory: Path) -> bool:
-    """Whether a cached snapshot has all of its weights: an earlier download may have been cut off or partial."""
-    for index_name in (SAFETENSORS_INDEX, PICKLE_INDEX):
-        index = directory / index_name
-        if index.exists():
-            try:
-                shards = set(json.loads(index.read_bytes())["weight_map"].values())
-            except (ValueError, KeyError, AttributeError, TypeError):
-                return True  # a broken index is reported by the reader, in its own words
-            return all(os.path.exists(directory / str(shard)) for shard in shards)
-    names = [path.name for path in _entries(directory) if path.exists()]
-    weights = [name for name in names if name.endswith((".safetensors", ".bin")) and not _matches(name, _NOT_WEIGHTS)]
-    try:
-        _check_all_shards(str(directory), weights)
-    except CheckpointError:
-        return False
-    return bool(weights)
-
-
-def _has_small_files(directory: Path) -> bool:
-    """Whether config and tokenizer are there too: loading a model into the cache does not bring its tokenizer."""
-    names = [path.name for path in _entries(directory)]
-    return "config.json" in names and any(_matches(name, ("tokenizer*", "vocab*", "*.model")) for name in names)
-
-
-def _commit(directory: Path) -> str | None:
-    return directory.name if re.fullmatch(r"[0-9a-f]{40}", directory.name) else None

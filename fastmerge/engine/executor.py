@@ -22,6 +22,7 @@ from fastmerge.backends.rule import SparsifyRule
 from fastmerge.engine.buffers import Arena, Block, aligned
 from fastmerge.engine.matching import Input
 from fastmerge.engine.plan import AHEAD_BYTES, PIECE_SLACK, READ_BYTES, Job, Load, Plan
+from fastmerge.engine.report import copy_bandwidth
 from fastmerge.engine.sources import TORCH_DTYPES, StateDictSource
 from fastmerge.errors import MergeError
 from fastmerge.methods.base import Chunk, Statistic
@@ -63,6 +64,7 @@ class Outcome:
     seconds: dict[str, float]
     nonfinite: Counts
     bytes_read: int
+    copy_bandwidth: float | None = None
 
 
 class _StoppedError(Exception):
@@ -182,7 +184,10 @@ class _Execution:
         finally:
             if self.progress is not None:
                 self.progress.close()
-        return Outcome(self.seconds, self.nonfinite, self.bytes_read)
+        outcome = Outcome(self.seconds, self.nonfinite, self.bytes_read)
+        if self.in_arena is not None:
+            outcome.copy_bandwidth = copy_bandwidth(self.in_arena.touched())
+        return outcome
 
     # -- the lock, and what waits on it
 

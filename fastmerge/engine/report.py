@@ -184,30 +184,34 @@ class MergeReport:
         return rows
 
 
-def copy_bandwidth(nbytes: int = 48 << 20, repeats: int = 3) -> float:
+def copy_bandwidth(memory: memoryview | None = None, nbytes: int = 96 << 20, repeats: int = 2) -> float:
     """Measure how fast one thread copies memory: bytes moved per second, reads and writes both counted.
 
     Args:
-        nbytes: size of the source; source and target together should exceed the caches.
+        memory: bytes that may be overwritten and have been touched before; where there are fewer than ``nbytes`` of
+            them, fresh memory is used, whose first touch takes longer than the measurement.
+        nbytes: bytes to use, half of them the source; they should exceed the caches.
         repeats: the fastest of so many copies counts.
     """
-    with mmap.mmap(-1, nbytes) as source, mmap.mmap(-1, nbytes) as target:
-        for buffer in (source, target):
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                buffer.madvise(mmap.MADV_HUGEPAGE)
+    if memory is None or len(memory) < nbytes:
+        with mmap.mmap(-1, nbytes) as fresh:
             # Untouched pages are one shared page of zeros, which would be copied from the cache.
-            buffer[:: mmap.PAGESIZE] = b"\1" * len(range(0, nbytes, mmap.PAGESIZE))
-        best = float("inf")
-        with memoryview(source) as source_view, memoryview(target) as target_view:
-            for _ in range(repeats):
-                start = time.perf_counter()
-                target_view[:] = source_view
-                best = min(best, time.perf_counter() - start)
-    return 2 * nbytes / best
+            fresh[:: mmap.PAGESIZE] = b"\1" * len(range(0, nbytes, mmap.PAGESIZE))
+            with memoryview(fresh) as view:
+                return copy_bandwidth(view, nbytes, repeats)
+    source, target = memory[: nbytes // 2], memory[nbytes // 2 : nbytes // 2 * 2]
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        target[:] = source
+        best = min(best, time.perf_counter() - start)
+    source.release()
+    target.release()
+    return nbytes // 2 * 2 / best
 
 
-def copy_fraction(bytes_moved: int, seconds: float, bandwidth: float | None = None) -> float | None:
-    """The share of the copy bandwidth that a merge reached; measures the bandwidth when it is not given.
+def copy_fraction(bytes_moved: int, seconds: float, bandwidth: float) -> float | None:
+    """The share of the copy bandwidth that a merge reached.
 
     Args:
         bytes_moved: bytes read and bytes written, added.
@@ -217,9 +221,7 @@ def copy_fraction(bytes_moved: int, seconds: float, bandwidth: float | None = No
     Returns:
         The share, 1.0 being a plain copy, or None when no time has passed.
     """
-    if seconds <= 0:
-        return None
-    return bytes_moved / seconds / (copy_bandwidth() if bandwidth is None else bandwidth)
+    return bytes_moved / seconds / bandwidth if seconds > 0 else None
 
 
 def _count(number: int, one: str, many: str) -> str:

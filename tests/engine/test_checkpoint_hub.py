@@ -9,7 +9,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from fastmerge.engine.checkpoint import open_checkpoint, select_hub_files
+from fastmerge.engine.checkpoint import open_checkpoint
+from fastmerge.engine.hub import select_hub_files
 from fastmerge.errors import CheckpointError
 from tests.engine.builders import bf16, write_model
 

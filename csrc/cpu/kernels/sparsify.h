@@ -12,7 +12,7 @@ namespace {
 struct DellaScratch {
     uint32_t* keys;  // [row_length]
     uint32_t* bin;   // [row_length]
-    uint32_t* span;  // [2 * kDellaBins]
+    uint32_t* span;  // [4 * kDellaBins]
     uint8_t* keep;   // [n, row_length]
 };
 
@@ -23,7 +23,7 @@ inline size_t aligned(size_t bytes) { return (bytes + 63) & ~static_cast<size_t>
 inline size_t della_bytes(int32_t models, int64_t row_length) {
     if (row_length > cpu::kLongRow) return 0;
     size_t length = static_cast<size_t>(row_length);
-    return 2 * aligned(4 * length) + aligned(8 * kDellaBins) + aligned(length * static_cast<size_t>(models));
+    return 2 * aligned(4 * length) + aligned(16 * kDellaBins) + aligned(length * static_cast<size_t>(models));
 }
 
 inline DellaScratch della_scratch(char* memory, int64_t row_length) {
@@ -34,7 +34,7 @@ inline DellaScratch della_scratch(char* memory, int64_t row_length) {
     scratch.bin = reinterpret_cast<uint32_t*>(memory);
     memory += aligned(4 * length);
     scratch.span = reinterpret_cast<uint32_t*>(memory);
-    memory += aligned(8 * kDellaBins);
+    memory += aligned(16 * kDellaBins);
     scratch.keep = reinterpret_cast<uint8_t*>(memory);
     return scratch;
 }

@@ -39,15 +39,18 @@ inline DellaBins della_bins(const uint32_t* keys, int64_t length, uint32_t* __re
 
 // span[b] = keys in lower bins | (keys in the bin - 1) << 16
 inline void della_spans(const uint32_t* __restrict bin, int64_t length, int count, uint32_t* span) {
-    uint32_t* odd = span + kDellaBins;  // neighbours that are equal, as zeros often are, do not wait for one counter
-    for (int b = 0; b < count; ++b) span[b] = odd[b] = 0;
+    // Four sets of bins, so that neighbours that are equal, as zeros often are, do not wait for one counter.
+    for (int b = 0; b < 4 * count; ++b) span[b] = 0;
+    uint32_t *second = span + count, *third = second + count, *fourth = third + count;
     int64_t i = 0;
-    for (; i + 2 <= length; i += 2) {
+    for (; i + 4 <= length; i += 4) {
         span[bin[i]] += 1;
-        odd[bin[i + 1]] += 1;
+        second[bin[i + 1]] += 1;
+        third[bin[i + 2]] += 1;
+        fourth[bin[i + 3]] += 1;
     }
-    if (i < length) span[bin[i]] += 1;
-    for (int b = 0; b < count; ++b) span[b] += odd[b];
+    for (; i < length; ++i) span[bin[i]] += 1;
+    for (int b = 0; b < count; ++b) span[b] += second[b] + third[b] + fourth[b];
     uint32_t below = 0;
     for (int b = 0; b < count; ++b) {
         uint32_t here = span[b];
