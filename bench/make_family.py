@@ -7,7 +7,7 @@ heavy-tailed update, rounded to the dtype of the file: in bf16 a part of the sma
 and the others fall on few magnitudes, so that many deltas tie, as they do in real checkpoints.
 
     python bench/make_family.py
-    python bench/make_family.py --out /tmp/small --scale tiny --dtype float32 --models 2
+    python bench/make_family.py --out small --scale tiny --dtype float32 --models 2
 
 Every block of every tensor has its own generator, keyed by the seed, the model and the tensor's name, so the bytes do
 not depend on the number of threads. Memory stays at a few blocks, whatever the size of the model.
