@@ -48,7 +48,7 @@ def l1_scale(limbs: Tensor, compute: torch.dtype = torch.float32) -> float:
     compute: the dtype to which both masses and their ratio are rounded, as a library that sums in that dtype does;
         where a mass is too large for it (beyond 65504 in float16), the ratio is taken in float32 instead.
     Returns a float that is exact in float32; 1.0 when either mass is below 1e-7 (nothing to rescale).
-    Source: DARE with mergekit's rescaling (ALGORITHMS: L1 norms before / after, not 1 / density).
+    Source: DARE with mergekit's rescaling (L1 norms before / after, not 1 / density).
     Errors: ArgumentError when `limbs` does not have the shape [2, 12].
     """
     _checks.compute_dtype("compute", compute)

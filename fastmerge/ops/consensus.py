@@ -159,7 +159,7 @@ def consensus_apply(
     compute: the dtype that every intermediate result is rounded to; inputs are first rounded to it, too.
     Returns a tensor of the inputs' shape, or `out`.
     Errors: ArgumentError / ArgumentTypeError, in a sentence that names the argument.
-    Source: ALGORITHMS section 1.
+    Source: the papers named at `consensus_merge`; the formula is in docs/methods.md.
     """
     originals = _checks.tensor_list("tensors", tensors)
     inputs_list = _checks.input_tensors("tensors", originals)
@@ -271,7 +271,7 @@ def consensus_merge(
     Returns the merged tensor, or `out`.
     Errors: ArgumentError / ArgumentTypeError, in a sentence that names the argument.
     Source: task arithmetic (arXiv 2212.04089), TIES (2306.01708), DARE (2311.03099), DELLA (2406.11617), Model
-        Breadcrumbs (2312.06795), as in mergekit 0.1.5; flags for the other forms in use (ALGORITHMS section 1).
+        Breadcrumbs (2312.06795), as in mergekit 0.1.5; flags for the other forms in use (docs/methods.md).
     """
     originals = _checks.tensor_list("tensors", tensors)
     if out is not None:

@@ -358,7 +358,7 @@ def rank_range(numel: int, density: float, gamma: float | None = None) -> tuple[
     gamma: None for plain magnitude: the max(1, int(density * numel)) largest, none at density 0. Otherwise the
         int(gamma * numel) largest are dropped as outliers and the next int(density * numel) kept; where these two
         exceed the tensor, fewer outliers are dropped.
-    Source: mergekit 0.1.5 `magnitude` and `magnitude_outliers` (ALGORITHMS section 1).
+    Source: mergekit 0.1.5 `magnitude` and `magnitude_outliers` (docs/methods.md).
     """
     if density >= 1:
         return 0, numel

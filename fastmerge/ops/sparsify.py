@@ -327,7 +327,7 @@ def sparsify(
     Returns a tensor of x's shape and dtype, or `out`.
     Errors: ArgumentError / ArgumentTypeError, in a sentence that names the argument.
     Source: TIES (arXiv 2306.01708), Model Breadcrumbs (2312.06795), DARE (2311.03099), DELLA (2406.11617), with the
-        conventions of mergekit 0.1.5 (ALGORITHMS section 1).
+        conventions of mergekit 0.1.5 (docs/methods.md).
     """
     from . import consensus
 
