@@ -38,6 +38,7 @@ AVX512_FLAGS = [
     "-mavx512vl",
     "-mprefer-vector-width=512",
     "-Wno-maybe-uninitialized",  # GCC 12 warns about its own headers for AVX-512
+    "-Wno-uninitialized",
 ]
 
 

@@ -15,11 +15,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from fastmerge.errors import FastmergeError, MergeError
+
+if TYPE_CHECKING:
+    from fastmerge.engine.config import MergeConfig
 
 DONE, FAILED, WRONG = 0, 1, 2
 """Exit codes: done; the merge failed; the command line, the config or a checkpoint's header is wrong."""
@@ -164,12 +167,13 @@ def merge(
     }
 
     def work() -> None:
-        _check_early(config, out, memory_budget, shard_size)
+        parsed = _check_early(config, out, memory_budget, shard_size)
         # A library that prints to standard output must not spoil the JSON.
         with contextlib.redirect_stdout(sys.stderr):
             if dry_run:
                 text = _plan(config, out, options, as_json)
             else:
+                _prepare_memory(parsed.refs(), memory_budget)
                 text = _merge(config, out, options | {"threads": threads}, quiet, as_json)
         if text:
             print(text)
@@ -205,7 +209,7 @@ def env() -> int:
 # -- merge
 
 
-def _check_early(config: Path, out: Path, memory_budget: str, shard_size: str) -> None:
+def _check_early(config: Path, out: Path, memory_budget: str, shard_size: str) -> MergeConfig:
     """Refuse what can be refused before torch is imported, so that a mistake is told at once."""
     from fastmerge.engine.atomic import check_target
     from fastmerge.engine.config import load_config
@@ -213,8 +217,20 @@ def _check_early(config: Path, out: Path, memory_budget: str, shard_size: str) -
 
     parse_size(memory_budget, name="--memory-budget")
     parse_size(shard_size, name="--shard-size")
-    load_config(config)
+    parsed = load_config(config)
     check_target(out)
+    return parsed
+
+
+def _prepare_memory(models: list[str], memory_budget: str) -> None:
+    """Let another core make memory ready while this one imports torch: no more than the models can fill."""
+    from fastmerge.engine import fresh
+    from fastmerge.sizes import parse_size
+
+    folders = [Path(model).expanduser() for model in models]
+    files = [file for folder in folders if folder.is_dir() for file in folder.glob("*.safetensors")]
+    stored = sum(file.stat().st_size for file in files if file.is_file())
+    fresh.prepare(min(stored, parse_size(memory_budget, name="--memory-budget") // 2))
 
 
 def _plan(config: Path, out: Path, options: dict[str, Any], as_json: bool) -> str:

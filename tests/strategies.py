@@ -143,9 +143,13 @@ def ranks(draw: st.DrawFn, count: int) -> tuple[int, int]:
 def rules(draw: st.DrawFn, given: Models, subtract: bool, compute: torch.dtype) -> SparsifyRule:
     """A rule that fits these models; its bounds come from the reference backend."""
     count = len(given.tensors)
-    method = draw(st.sampled_from(("band", "bernoulli", "della", "none")))
+    method = draw(st.sampled_from(("band", "bernoulli", "della", "mask", "none")))
     if method == "none":
         return SparsifyRule()
+    if method == "mask":
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+        size = (count, -(-given.numel // 8))
+        return SparsifyRule("mask", masks=torch.randint(0, 256, size, dtype=torch.uint8, generator=generator))
     if method == "band":
         pairs = [draw(ranks(given.numel)) for _ in given.tensors]
         base = given.base if subtract else None

@@ -60,6 +60,7 @@ struct RuleArgs {
     uint64_t seed, tensor_id;
     std::vector<int64_t> positions;
     uint64_t offset;
+    uintptr_t masks;
 };
 
 struct Rules {
@@ -68,7 +69,7 @@ struct Rules {
 
     Rules(const RuleArgs& args, const Models& models) {
         size_t n = static_cast<size_t>(models.count);
-        need(args.method >= 0 && args.method <= 3, "sparsify method out of range");
+        need(args.method >= 0 && args.method <= 4, "sparsify method out of range");
         rule = Rule{};
         rule.method = args.method;
         rule.blocks = fastmerge::cpu::tie_blocks(models.numel);
@@ -78,6 +79,10 @@ struct Rules {
             need(args.bounds != 0 && args.ties_before != 0, "bounds and ties_before are needed for a band");
             rule.bounds = numbers(args.bounds);
             rule.ties_before = numbers(args.ties_before);
+        } else if (args.method == fastmerge::kMask) {
+            need(args.masks != 0, "masks are needed");
+            rule.masks = reinterpret_cast<const uint8_t*>(args.masks);
+            rule.mask_stride = (models.numel + 7) / 8;
         } else if (args.method != fastmerge::kKeepAll) {
             need(args.density.size() == n && args.positions.size() == n,
                  "one density and position per model is needed");
@@ -122,9 +127,10 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<RuleArgs>(m, "Rule").def(
         py::init([](int method, uintptr_t bounds, uintptr_t ties_before, std::vector<double> density,
                     std::vector<double> epsilon, int64_t row_length, uint64_t seed, uint64_t tensor_id,
-                    std::vector<int64_t> positions, uint64_t offset) {
+                    std::vector<int64_t> positions, uint64_t offset, uintptr_t masks) {
             return RuleArgs{method,     bounds, ties_before, std::move(density),   std::move(epsilon),
-                            row_length, seed,   tensor_id,   std::move(positions), offset};
+                            row_length, seed,   tensor_id,   std::move(positions), offset,
+                            masks};
         }));
 
     m.def(
@@ -209,6 +215,15 @@ PYBIND11_MODULE(_cpu, m) {
             Inputs inputs(base, subtract, tensors, numel, compute);
             Rules rules(args, inputs.models);
             fastmerge::cpu::l1_sums(inputs.models, rules.rule, numbers(out));
+        },
+        release());
+    m.def(
+        "kept_masks",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, int compute,
+           const RuleArgs& args, uintptr_t out) {
+            Inputs inputs(base, subtract, tensors, numel, compute);
+            Rules rules(args, inputs.models);
+            fastmerge::cpu::kept_masks(inputs.models, rules.rule, reinterpret_cast<uint8_t*>(out));
         },
         release());
     m.def(

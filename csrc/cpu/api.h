@@ -38,6 +38,7 @@ void zero_nonfinite(void* data, int32_t dtype, int64_t numel);
 
 // sparsify
 void l1_sums(const Models& models, Rule rule, int64_t* out);
+void kept_masks(const Models& models, Rule rule, uint8_t* masks);  // [n, ceil(numel / 8)], zero beforehand
 
 // consensus
 void consensus_apply(ConsensusArgs args);

@@ -42,6 +42,8 @@ struct Rule {
     const Stream* streams;  // [n]
     uint64_t offset;
     int64_t row_length;
+    const uint8_t* masks;  // [n, mask_stride] what was decided before, a bit for each element, low bit first
+    int64_t mask_stride;   // bytes
     const uint32_t* const* sorted_row;  // [n] ascending keys of the long row in hand; nullptr for short rows
 };
 
@@ -86,9 +88,10 @@ struct Kernels {
     void (*mask)(const Models* models, const Rule* rule, int64_t begin, int64_t count, uint8_t* out);
     void (*nonfinite)(Array x, int64_t begin, int64_t count, int64_t* nan_and_inf);
 
-    // sparsify
+    // sparsify. `decide` sets the bits of what each model keeps in masks that were zero.
     size_t (*scratch_bytes)(int32_t models, int32_t method, int64_t row_length);
     void (*mass)(const Models* models, const Rule* rule, int64_t begin, int64_t end, void* scratch, MassSums* sums);
+    void (*decide)(const Models* models, const Rule* rule, int64_t begin, int64_t end, void* scratch, uint8_t* masks);
 
     // consensus
     void (*consensus)(const ConsensusArgs* args, int64_t begin, int64_t end, void* scratch);

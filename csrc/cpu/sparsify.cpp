@@ -34,8 +34,10 @@ void over_long_rows(const Models& models, Rule rule, const RangeWork& work,
         rule.sorted_row = pointers.data();
         int64_t blocks = (rule.row_length + kTieBlock - 1) / kTieBlock;
         parallel(blocks, [&](int64_t block, int thread) {
-            int64_t begin = start + block * kTieBlock;
-            int64_t end = std::min(begin + kTieBlock, start + rule.row_length);
+            // Cut at multiples of 8: no two threads write into one byte of a mask.
+            auto cut = [&](int64_t b) { return b == 0 ? start : (start + b * kTieBlock) / 8 * 8; };
+            int64_t begin = cut(block);
+            int64_t end = block + 1 == blocks ? start + rule.row_length : cut(block + 1);
             work(rule, begin, end, scratch[static_cast<size_t>(thread)].get(), thread);
         });
     }
@@ -57,7 +59,10 @@ void over_ranges(const Models& models, const Rule& rule, const RangeWork& work) 
         over_long_rows(models, rule, work, scratch);
         return;
     }
-    int64_t step = rows ? std::max<int64_t>(1, kTieBlock / rule.row_length) * rule.row_length : kTieBlock;
+    // Eight rows end where a byte of a mask ends.
+    int64_t together = rows && rule.row_length % 8 != 0 ? 8 : 1;
+    int64_t some = rows ? (kTieBlock / rule.row_length + together - 1) / together * together : 0;
+    int64_t step = rows ? std::max(some, together) * rule.row_length : kTieBlock;
     parallel((models.numel + step - 1) / step, [&](int64_t item, int thread) {
         int64_t begin = item * step;
         work(rule, begin, std::min(begin + step, models.numel), scratch[static_cast<size_t>(thread)].get(), thread);
@@ -90,6 +95,12 @@ void l1_sums(const Models& models, Rule rule, int64_t* out) {
             out[(2 * m + 1) * kLimbs + static_cast<size_t>(i)] = static_cast<int64_t>(kept[m].limb[i]);
         }
     }
+}
+
+void kept_masks(const Models& models, Rule rule, uint8_t* masks) {
+    over_ranges(models, rule, [&](const Rule& part, int64_t begin, int64_t end, void* scratch, int) {
+        kernels().decide(&models, &part, begin, end, scratch, masks);
+    });
 }
 
 }  // namespace cpu

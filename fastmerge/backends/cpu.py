@@ -16,7 +16,7 @@ from .rule import L1_LIMBS, TIE_BLOCK, SparsifyRule
 from .threads import default_threads
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_METHODS = {"none": 0, "band": 1, "bernoulli": 2, "della": 3}
+_METHODS = {"none": 0, "band": 1, "bernoulli": 2, "della": 3, "mask": 4}
 _ELECTIONS = {"none": 0, "weighted": 1, "total": 2, "frequency": 3}
 _DIVISORS = {"none": 0, "weights": 1, "count": 2, "value": 3}
 _ZERO_SIGNS = {"positive": 1.0, "negative": -1.0, "zero": 0.0}
@@ -87,6 +87,7 @@ def _rule(rule: SparsifyRule) -> _cpu.Rule:
         rule.tensor_id,
         rule.positions,
         rule.offset,
+        0 if rule.masks is None else rule.masks.data_ptr(),
     )
 
 
@@ -159,6 +160,15 @@ def l1_sums(
     """Exact L1 masses of each model's delta, all and kept; see `fastmerge.ops.l1_sums`."""
     out = torch.empty(len(tensors), 2, L1_LIMBS, dtype=torch.int64)
     _cpu.l1_sums(*_inputs(base, tensors, compute), _rule(rule), out.data_ptr())
+    return out
+
+
+def kept_masks(
+    base: torch.Tensor | None, tensors: list[torch.Tensor], rule: SparsifyRule, compute: torch.dtype
+) -> torch.Tensor:
+    """What a rule keeps of each model's delta, as bits; see `fastmerge.ops.kept_masks`."""
+    out = torch.zeros(len(tensors), -(-tensors[0].numel() // 8), dtype=torch.uint8)
+    _cpu.kept_masks(*_inputs(base, tensors, compute), _rule(rule), out.data_ptr())
     return out
 
 

@@ -13,13 +13,14 @@ from ..reference.select import (
     tie_counts,
     topk_mask,
 )
-from ..reference.sparsify import count_nonfinite, l1_sums, zero_nonfinite_
+from ..reference.sparsify import count_nonfinite, kept_masks, l1_sums, zero_nonfinite_
 
 __all__ = [
     "abs_histogram",
     "consensus_apply",
     "count_nonfinite",
     "hashed_mask",
+    "kept_masks",
     "key_histogram",
     "key_window_",
     "kth_magnitude",

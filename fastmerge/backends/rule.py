@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-SparsifyMethod = Literal["none", "band", "bernoulli", "della"]
+SparsifyMethod = Literal["none", "band", "bernoulli", "della", "mask"]
 
 TIE_BLOCK = 65536
 """Elements per tie-count block: `ties_before` holds one number per model, bound and block."""
@@ -22,7 +22,8 @@ class SparsifyRule:
 
     method: "none" keeps all; "band" keeps the elements whose rank by falling magnitude lies in [first, last), given by
         `bounds` int64[n, 2, 2] and `ties_before` int64[n, 2, blocks]; "bernoulli" keeps each with probability
-        `density[i]`; "della" ranks each row of `row_length` elements and spreads the probability by `epsilon[i]`.
+        `density[i]`; "della" ranks each row of `row_length` elements and spreads the probability by `epsilon[i]`;
+        "mask" keeps what `masks` uint8[n, ceil(numel / 8)] says, a bit for each element, low bit first.
     seed, tensor_id: unsigned 64-bit. positions: each model's place among the models. offset: flat index of the chunk's
         first element in its tensor.
     """
@@ -37,3 +38,4 @@ class SparsifyRule:
     tensor_id: int = 0
     positions: list[int] = field(default_factory=list)
     offset: int = 0
+    masks: torch.Tensor | None = None

@@ -6,10 +6,11 @@ that have been touched already, so that a merge touches what it needs at once an
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 
 import torch
+
+from fastmerge.engine import fresh
 
 ALIGNMENT = 4096
 
@@ -25,10 +26,7 @@ class Arena:
     def __init__(self, nbytes: int) -> None:
         """nbytes: rounded up to whole pages; reserved now, touched when used."""
         self.nbytes = aligned(nbytes)
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        self._map = mmap.mmap(-1, self.nbytes, flags=flags)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._map = fresh.take(self.nbytes)
         self._bytes = memoryview(self._map)
         self._free: list[tuple[int, int]] = [(0, self.nbytes)]
         self._touched = 0

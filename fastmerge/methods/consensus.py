@@ -18,6 +18,7 @@ from fastmerge.backends.rule import SparsifyRule
 from fastmerge.methods.base import Chunk, Known, Method, Statistic, TensorContext
 from fastmerge.methods.parameters import Finite, Fraction, Parameters, per_model, shared
 from fastmerge.methods.statistics import (
+    KeptMasks,
     KeyHistogram,
     KeyWindow,
     RankBounds,
@@ -89,6 +90,9 @@ class ConsensusMethod(Method):
         if self.sparsify in ("magnitude", "outliers"):
             bounds = known.get("bounds") or StreamedBounds(trivial_bounds(self._ranks(context)), context)
             return SparsifyRule(method="band", bounds=bounds.values, ties_before=bounds.ties_before(chunk))
+        if "masks" in known:
+            first = chunk.offset // 8
+            return SparsifyRule(method="mask", masks=known["masks"][:, first : first + -(-chunk.numel // 8)])
         della = self.sparsify == "della"
         return SparsifyRule(
             method="della" if della else "bernoulli",
@@ -142,14 +146,17 @@ class ConsensusMethod(Method):
         if self._parameters(context).rescale:
             # The peer takes these ratios in float32 where its random masks meet float16.
             random_half = context.compute == torch.float16 and self.sparsify in ("bernoulli", "della")
-            needed.append(
-                Rescale(
-                    context,
-                    rule=lambda chunk, known: self._rule(context, chunk, known),
-                    arranged=lambda chunk: self._arranged_chunk(context, chunk),
-                    precision=torch.float32 if random_half else context.compute,
-                )
-            )
+            precision = torch.float32 if random_half else context.compute
+
+            def rule(chunk: Chunk, known: Known) -> SparsifyRule:
+                return self._rule(context, chunk, known)
+
+            def arranged(chunk: Chunk) -> Chunk:
+                return self._arranged_chunk(context, chunk)
+
+            if whole and self.sparsify == "della" and self._row_length(context) % 8 == 0:
+                needed.append(KeptMasks(context, rule, arranged))
+            needed.append(Rescale(context, rule, arranged, precision))
         return needed
 
     def merge(self, context: TensorContext, chunk: Chunk, known: Known, out: torch.Tensor) -> None:

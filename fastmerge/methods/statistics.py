@@ -265,6 +265,32 @@ def trivial_bounds(ranks: Ranks) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class KeptMasks(Statistic):
+    """What is kept of a tensor that is in memory, a bit for each element: for rules that are slow to decide twice."""
+
+    context: TensorContext
+    rule: Callable[[Chunk, Known], SparsifyRule]
+    arranged: Callable[[Chunk], Chunk]
+    name = "masks"
+
+    def observe(self, chunk: Chunk, known: Known) -> torch.Tensor:
+        """uint8[n, bytes]; the chunk is the whole tensor."""
+        rule = self.rule(chunk, known)
+        chunk = self.arranged(chunk)
+        return ops.kept_masks(
+            chunk.base, chunk.models, rule, compute=self.context.compute, backend=self.context.backend
+        )
+
+    def add(self, state: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Never needed: there is one chunk."""
+        raise AssertionError("a whole tensor is one chunk")
+
+    def finish(self, state: torch.Tensor, known: Known) -> torch.Tensor:
+        """As observed."""
+        return state
+
+
+@dataclass(frozen=True)
 class Rescale(Statistic):
     """The factor that gives each sparsified delta its L1 norm back: exact sums before and after, divided once."""
 

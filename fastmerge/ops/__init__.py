@@ -23,7 +23,7 @@ from .select import (
     ties_before,
     topk_mask,
 )
-from .sparsify import count_nonfinite, l1_sums, sparsify, zero_nonfinite_
+from .sparsify import count_nonfinite, kept_masks, l1_sums, sparsify, zero_nonfinite_
 
 __all__ = [
     "L1_LIMBS",
@@ -44,6 +44,7 @@ __all__ = [
     "kth_magnitude",
     "l1_mass",
     "l1_scale",
+    "kept_masks",
     "l1_sums",
     "magnitude_bounds",
     "prefixes",

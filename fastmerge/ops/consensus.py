@@ -27,7 +27,7 @@ _ARGUMENTS = (
     f"Tensor? base, Tensor[] tensors, float[] weights, str inputs, {sparsify.RULE_SCHEMA}, float[] scales, "
     "str election, str zero_sign, str divisor, float divisor_value, float lambda_, ScalarType compute"
 )
-_RULE_FIELDS = 10
+_RULE_FIELDS = 11
 
 
 # -- schema, kernel, fake --------------------------------------------------------------------------------------------

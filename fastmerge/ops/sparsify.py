@@ -18,11 +18,11 @@ from ._library import define, signed64, unsigned64
 METHODS = ("magnitude", "magnitude_outliers", "bernoulli", "della_magprune")
 RESCALES = (None, "l1")
 NUMERICS = ("fp32", "mergekit")
-RULES = ("none", "band", "bernoulli", "della")
+RULES = ("none", "band", "bernoulli", "della", "mask")
 
 RULE_SCHEMA = (
     "str method, Tensor? bounds, Tensor? ties_before, float[] density, float[] epsilon, SymInt row_length, "
-    "int seed, int tensor_id, int[] positions, SymInt offset"
+    "int seed, int tensor_id, int[] positions, SymInt offset, Tensor? masks"
 )
 
 
@@ -42,18 +42,21 @@ def flatten_rule(rule: SparsifyRule) -> tuple[Any, ...]:
         signed64(rule.tensor_id),
         list(rule.positions),
         rule.offset,
+        rule.masks,
     )
 
 
 def checked_rule(flat: Sequence[Any], models: int, numel: int) -> SparsifyRule:
     """The rule of a kernel call, with everything checked that the kernels rely on."""
-    method, bounds, ties_before, density, epsilon, row_length, seed, tensor_id, positions, offset = flat
+    method, bounds, ties_before, density, epsilon, row_length, seed, tensor_id, positions, offset, masks = flat
     _checks.choice("rule.method", method, RULES)
     if method == "band":
         if bounds is None or ties_before is None:
             raise ArgumentError('rule.bounds or rule.ties_before is missing; method "band" needs both.')
         select.check_bounds(bounds, ties_before, models, numel)
         bounds, ties_before = bounds.contiguous(), ties_before.contiguous()
+    elif method == "mask":
+        masks = _checked_masks(masks, models, numel)
     elif method != "none":
         _checks.one_per_model("rule.density", density, models)
         _checks.one_per_model("rule.positions", positions, models)
@@ -78,7 +81,20 @@ def checked_rule(flat: Sequence[Any], models: int, numel: int) -> SparsifyRule:
         tensor_id=unsigned64(tensor_id),
         positions=list(positions),
         offset=offset,
+        masks=masks,
     )
+
+
+def _checked_masks(masks: Any, models: int, numel: int) -> Tensor:
+    shape = (models, mask_bytes(numel))
+    if not isinstance(masks, Tensor) or masks.dtype != torch.uint8 or masks.shape != shape:
+        raise ArgumentError(f"rule.masks must be uint8{list(shape)}, a bit for each element; take it from kept_masks.")
+    return masks.contiguous()
+
+
+def mask_bytes(numel: Any) -> Any:
+    """Bytes that hold a bit for each of so many elements."""
+    return (numel + 7) // 8
 
 
 def check_rows(row_length: int, offset: int, numel: int) -> None:
@@ -118,6 +134,28 @@ _l1_sums_op = define(
     f"l1_sums(Tensor? base, Tensor[] tensors, ScalarType compute, {RULE_SCHEMA}, str backend) -> Tensor",
     _l1_sums,
     _l1_sums_fake,
+)
+
+
+def _kept_masks(base: Tensor | None, tensors: list[Tensor], compute: torch.dtype, *rest: Any) -> Tensor:
+    *flat, backend = rest
+    check_models(base, tensors)
+    _checks.compute_dtype("compute", compute)
+    rule = checked_rule(flat, len(tensors), tensors[0].numel())
+    return backends.resolve(backend, tensors[0].device).kept_masks(
+        _checks.optional_contiguous(base), _checks.contiguous(tensors), rule, compute
+    )
+
+
+def _kept_masks_fake(base: Tensor | None, tensors: list[Tensor], compute: torch.dtype, *rest: Any) -> Tensor:
+    check_models(base, tensors)
+    return tensors[0].new_empty((len(tensors), mask_bytes(tensors[0].numel())), dtype=torch.uint8)
+
+
+_kept_masks_op = define(
+    f"kept_masks(Tensor? base, Tensor[] tensors, ScalarType compute, {RULE_SCHEMA}, str backend) -> Tensor",
+    _kept_masks,
+    _kept_masks_fake,
 )
 
 
@@ -182,6 +220,30 @@ def l1_sums(
         backend,
     )
     return sums
+
+
+def kept_masks(
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    rule: SparsifyRule,
+    *,
+    compute: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> Tensor:
+    """Decide what a rule keeps of n models' values (of their deltas, with a base), once for several uses.
+
+    base, tensors, rule, compute: as in `l1_sums`.
+    Returns uint8[n, ceil(numel / 8)], a bit for each element, low bit first: `masks` of the rule "mask".
+    Errors: ArgumentError / ArgumentTypeError, in a sentence that names the argument.
+    """
+    masks: Tensor = _kept_masks_op(
+        None if base is None else _checks.input_tensor("base", base),
+        _checks.input_tensors("tensors", tensors),
+        _checks.compute_dtype("compute", compute),
+        *flatten_rule(rule),
+        backend,
+    )
+    return masks
 
 
 def count_nonfinite(x: Tensor, *, backend: str = "auto") -> Tensor:

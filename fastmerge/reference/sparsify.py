@@ -1,13 +1,14 @@
 """Which elements of a delta are kept, and the exact L1 mass before and after.
 
 The rule is any object with the attributes of a sparsification rule: method, bounds, ties_before, density, epsilon,
-row_length, seed, tensor_id, positions, offset.
+row_length, seed, tensor_id, positions, offset, masks.
 
     none       every element
     band       rank by falling magnitude in [first, last)                      (magnitude, magnitude_outliers)
     bernoulli  word < floor(density * 2**32)                                   (DARE: Yu et al., arXiv 2311.03099)
     della      word < floor(p * 2**32), p = (density - epsilon) + 2 epsilon r  (MAGPRUNE: Deep et al., arXiv 2406.11617)
                r in [0, 1]: the magnitude's rank within its row; equal magnitudes share the middle of their ranks
+    mask       what was decided before: a bit for each element, low bit first
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ def kept(delta: Tensor, rule: Any, model: int) -> Tensor:
         return everything
     if rule.method == "band":
         return band(keys(delta), rule.bounds[model], rule.ties_before[model])
+    if rule.method == "mask":
+        places = torch.arange(8, dtype=torch.uint8)
+        return (rule.masks[model][:, None] >> places & 1).reshape(-1)[: delta.numel()].to(torch.bool)
     if rule.method not in ("bernoulli", "della"):
         raise ValueError(f"unknown sparsification rule {rule.method!r}")
     density = rule.density[model]
@@ -92,6 +96,15 @@ def l1_sums(base: Tensor | None, tensors: list[Tensor], rule: Any, compute: torc
         sums[model, 0] = exact_l1(delta)
         sums[model, 1] = exact_l1(delta[kept(delta, rule, model)])
     return sums
+
+
+def kept_masks(base: Tensor | None, tensors: list[Tensor], rule: Any, compute: torch.dtype) -> Tensor:
+    """What the rule keeps of each model's delta, as uint8[n, ceil(numel / 8)], a bit for each element."""
+    numel = tensors[0].numel()
+    bits = torch.zeros(len(tensors), -(-numel // 8) * 8, dtype=torch.uint8)
+    for model, x in enumerate(tensors):
+        bits[model, :numel] = kept(difference(base, x, compute), rule, model)
+    return (bits.reshape(len(tensors), -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(dim=2, dtype=torch.uint8)
 
 
 def count_nonfinite(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fastmerge
 from fastmerge.engine import executor as executor_module
+from fastmerge.engine import fresh
 from fastmerge.engine.buffers import ALIGNMENT, Arena
 from fastmerge.engine.checkpoint import Checkpoint
 from fastmerge.engine.executor import DictSink, _Execution
@@ -428,6 +429,16 @@ def test_blocks_do_not_overlap() -> None:
     tensors: list[Tensor] = [block.tensor(8, torch.float32, 20).fill_(value) for value, block in ((1, one), (2, other))]
     assert tensors[0].sum() == 20 and tensors[1].sum() == 40
     assert bytes(one.memory(8, 4)) == torch.ones(1).view(torch.uint8).numpy().tobytes()
+
+
+def test_memory_made_ready_is_zero_and_lent_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    fresh.prepare(9 << 20)
+    ready = fresh.take(9 << 20)
+    assert len(ready) == 9 << 20 and not any(ready[:: 1 << 12])
+    assert fresh.take(1 << 20) is not ready
+    fresh.prepare(9 << 20)
+    assert len(fresh.take(10 << 20)) == 10 << 20
 
 
 def test_small_loads_are_read_ahead_but_never_beyond_the_budget(

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmerge import ops
+from fastmerge.backends.rule import SparsifyRule
 from tests import strategies
 from tests.numeric import assert_bitwise_equal, poison_
 from tests.ops.running import FAST, configurations, each_backend, only, restored
@@ -143,6 +144,35 @@ def test_l1_sums(backend: str, data: st.DataObject) -> None:
     with only(backend, "l1_sums"):
         actual = ops.l1_sums(models.base, models.tensors, rule, compute=compute, backend=backend)
     assert_bitwise_equal(actual, expected)
+
+
+@each_backend
+@given(data=st.data())
+def test_kept_masks(backend: str, data: st.DataObject) -> None:
+    data.draw(configurations(backend))
+    models = data.draw(strategies.models())
+    compute = data.draw(strategies.computes)
+    rule = data.draw(strategies.rules(models, True, compute))
+    expected = ops.kept_masks(models.base, models.tensors, rule, compute=compute, backend="reference")
+    with only(backend, "kept_masks"):
+        actual = ops.kept_masks(models.base, models.tensors, rule, compute=compute, backend=backend)
+    assert_bitwise_equal(actual, expected)
+    again = SparsifyRule("mask", masks=expected)
+    arguments = {"compute": compute, "backend": backend}
+    assert_bitwise_equal(
+        ops.l1_sums(models.base, models.tensors, again, **arguments),
+        ops.l1_sums(models.base, models.tensors, rule, **arguments),
+    )
+
+
+@each_backend
+@pytest.mark.parametrize(("rows", "length"), [(3, 70001), (40000, 5), (9, 16381)])
+def test_kept_masks_of_rows_that_end_within_a_byte(backend: str, rows: int, length: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(rows, length, generator=generator).to(torch.bfloat16) for _ in range(2)]
+    rule = SparsifyRule("della", None, None, [0.5, 1.0], [0.1, 0.1], length, 1, 2, [0, 1])
+    expected = ops.kept_masks(None, tensors, rule, backend="reference")
+    assert_bitwise_equal(ops.kept_masks(None, tensors, rule, backend=backend), expected)
 
 
 weights = st.one_of(st.sampled_from((1.0, 0.5, 0.3, -1.0, 0.0, 1e-30)), st.floats(-4, 4))

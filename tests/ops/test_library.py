@@ -34,7 +34,8 @@ def random_models(seed: int, rows: int, dtype: torch.dtype = torch.bfloat16) -> 
 def rule_arguments(method: str, models: int, numel: int) -> tuple[Any, ...]:
     bounds = torch.tensor([[[1 << 31, 0], [0x3F000000, 0]]] * models) if method == "band" else None
     ties = torch.zeros(models, 2, 1, dtype=torch.int64) if method == "band" else None
-    return method, bounds, ties, [0.5] * models, [0.1] * models, 8, -5, 77, list(range(models)), 0
+    masks = torch.full((models, (numel + 7) // 8), 0x5A, dtype=torch.uint8) if method == "mask" else None
+    return method, bounds, ties, [0.5] * models, [0.1] * models, 8, -5, 77, list(range(models)), 0, masks
 
 
 def merge_arguments(models: list[Tensor], method: str = "band") -> tuple[Any, ...]:
@@ -59,16 +60,18 @@ def samples(seed: int, rows: int, backend: str) -> list[tuple[str, tuple[Any, ..
         ("topk_mask", (base, bounds[:1], ties[:1], backend)),
         ("hashed_mask", (base, bounds[:1], -3, 4, 2, 10)),
         ("l1_sums", (base, others, f32, *rule_arguments("bernoulli", 2, base.numel()), backend)),
+        ("kept_masks", (base, others, f32, *rule_arguments("della", 2, base.numel()), backend)),
         ("count_nonfinite", (base, backend)),
         ("consensus_apply", (*merge_arguments(models), torch.float16, backend)),
         ("consensus_apply", (*merge_arguments(models, "della"), torch.float32, backend)),
+        ("consensus_apply", (*merge_arguments(models, "mask"), torch.float32, backend)),
         ("consensus_apply_out", (*merge_arguments(models), torch.empty(rows, 8), backend)),
         ("zero_nonfinite_", (base.clone(), backend)),
     ]
 
 
 @each_working_backend
-@pytest.mark.parametrize("number", range(15))
+@pytest.mark.parametrize("number", range(17))
 def test_opcheck(number: int, backend: str) -> None:
     name, arguments = samples(0, 5, backend)[number]
     torch.library.opcheck(op(name), arguments)
@@ -83,7 +86,7 @@ def run_all(models: list[Tensor], backend: str) -> list[Tensor]:
     base, *others = models
     bounds, ties = op("magnitude_bounds")(base, others, [0, 1], [base.numel() // 2, base.numel() - 1], f32, backend)
     merged = op("consensus_apply")(
-        base, others, [1.0, 0.5], "models", "band", bounds, ties, [], [], 1, 0, 0, [], 0, [1.0, 1.0],
+        base, others, [1.0, 0.5], "models", "band", bounds, ties, [], [], 1, 0, 0, [], 0, None, [1.0, 1.0],
         "weighted", "positive", "weights", 1.0, 1.0, f32, torch.bfloat16, backend,
     )  # fmt: skip
     random = op("consensus_apply")(*merge_arguments(models, "bernoulli"), torch.float32, backend)
@@ -100,7 +103,8 @@ def run_all(models: list[Tensor], backend: str) -> list[Tensor]:
         op("tie_counts")(base, others, bounds, f32, backend),
         op("topk_mask")(base, bounds[:1], ties[:1], backend),
         op("hashed_mask")(base, bounds[:1], 1, 2, 3, 4),
-        op("l1_sums")(base, others, f32, "band", bounds, ties, [], [], 1, 0, 0, [], 0, backend),
+        op("l1_sums")(base, others, f32, "band", bounds, ties, [], [], 1, 0, 0, [], 0, None, backend),
+        op("kept_masks")(base, others, f32, *rule_arguments("bernoulli", 2, base.numel()), backend),
         op("count_nonfinite")(base, backend),
         merged,
         random,

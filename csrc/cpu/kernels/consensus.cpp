@@ -229,7 +229,7 @@ void consensus(const ConsensusArgs* args, int64_t begin, int64_t end, void* scra
     for (int64_t segment = begin; segment < end; segment = segment_end) {
         segment_end = short_rows ? segment + rule.row_length : smaller(end, segment - segment % kTieBlock + kTieBlock);
         for (int32_t i = 0; i < args->models.count; ++i) {
-            if (rule.method == kBand) band_open(args->models, rule, i, segment, w.cursors[i]);
+            if (rule.method == kBand) band_open(rule, i, segment, w.cursors[i]);
             if (short_rows && rule.density[i] < 1.0 && rule.density[i] > 0.0) {
                 della_row(args->models, rule, i, segment, w.della, w.della.keep + i * rule.row_length);
             }

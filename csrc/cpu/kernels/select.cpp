@@ -141,7 +141,7 @@ void mask(const Models* models, const Rule* rule, int64_t begin, int64_t count, 
     for (int64_t done = 0; done < count; done += kTile) {
         int tile = static_cast<int>(smaller(kTile, count - done));
         int64_t at = begin + done;
-        if (done == 0 || at % kTieBlock == 0) band_open(*models, *rule, 0, at, cursor);
+        if (done == 0 || at % kTieBlock == 0) band_open(*rule, 0, at, cursor);
         base_tile(*models, at, tile, base);
         delta_tile(*models, 0, at, tile, base, delta);
         band_keep(cursor, tile, delta, keep);

@@ -16,7 +16,7 @@ struct BandCursor {
     bool split[2];
 };
 
-inline void band_open(const Models& models, const Rule& rule, int32_t model, int64_t begin, BandCursor& cursor) {
+inline void band_open(const Rule& rule, int32_t model, int64_t begin, BandCursor& cursor) {
     int64_t block = begin / kTieBlock;
     for (int b = 0; b < 2; ++b) {
         int64_t threshold = rule.bounds[4 * model + 2 * b];
@@ -35,7 +35,6 @@ inline void band_open(const Models& models, const Rule& rule, int32_t model, int
             cursor.split[b] = true;
         }
     }
-    (void)models;
 }
 
 // keep[t] = all ones where bound 0 <= rank < bound 1, else 0.

@@ -44,8 +44,36 @@ void della_row(const Models& models, const Rule& rule, int32_t model, int64_t be
                uint8_t* keep);
 
 // The same for a tile of a long row, whose keys the driver has sorted.
-void della_long_tile(const Rule& rule, int32_t model, int64_t begin, int count, const float* delta,
-                     const uint32_t* words, uint32_t* keep);
+void della_long_tile(const Rule& rule, int32_t model, int count, const float* delta, const uint32_t* words,
+                     uint32_t* keep);
+
+// keep[t] = all ones or 0 by the bits that were set before; `begin` is a multiple of 8.
+inline void mask_tile(const uint8_t* mask, int64_t begin, int count, uint32_t* __restrict keep) {
+    const uint8_t* from = mask + begin / 8;
+    int t = 0;
+    for (; t + 32 <= count; t += 32) {
+        uint32_t bits;
+        memcpy(&bits, from + t / 8, 4);
+        for (int j = 0; j < 32; ++j) keep[t + j] = 0u - ((bits >> j) & 1u);
+    }
+    for (; t < count; ++t) keep[t] = 0u - ((static_cast<uint32_t>(from[t / 8]) >> (t % 8)) & 1u);
+}
+
+// Sets bits by bytes that are 1 where an element is kept. Bytes that other ranges share are not written by others now.
+inline void set_bits(const uint8_t* keep, int64_t begin, int64_t count, uint8_t* mask) {
+    int64_t t = 0;
+    auto one = [&] {
+        mask[(begin + t) / 8] |= static_cast<uint8_t>(keep[t] << ((begin + t) % 8));
+        ++t;
+    };
+    while (t < count && (begin + t) % 8 != 0) one();
+    for (; t + 8 <= count; t += 8) {
+        uint64_t eight;
+        memcpy(&eight, keep + t, 8);
+        mask[(begin + t) / 8] = static_cast<uint8_t>((eight * 0x0102040810204080ull) >> 56);
+    }
+    while (t < count) one();
+}
 
 // keep[t] = all ones or 0 for one model. `della_keep` holds the decisions of the short row that the tile lies in,
 // counted from `row_begin`; `cursor` is the model's cursor for bands.
@@ -53,6 +81,10 @@ inline void keep_tile(const Rule& rule, int32_t model, int64_t begin, int count,
                       const uint8_t* della_keep, uint32_t* buffer, uint32_t* __restrict keep) {
     if (rule.method == kBand) {
         band_keep(cursor, count, delta, keep);
+        return;
+    }
+    if (rule.method == kMask) {
+        mask_tile(rule.masks + model * rule.mask_stride, begin, count, keep);
         return;
     }
     if (rule.method == kKeepAll || rule.density[model] >= 1.0) {
@@ -72,7 +104,7 @@ inline void keep_tile(const Rule& rule, int32_t model, int64_t begin, int count,
         uint32_t limit = static_cast<uint32_t>(keep_limit(rule.density[model]));
         for (int t = 0; t < count; ++t) keep[t] = word[t] < limit ? 0xffffffffu : 0u;
     } else {
-        della_long_tile(rule, model, begin, count, delta, word, keep);
+        della_long_tile(rule, model, count, delta, word, keep);
     }
 }
 

@@ -161,9 +161,8 @@ FM_INLINE int64_t first_at_least(const uint32_t* sorted, int64_t length, uint64_
     return low;
 }
 
-inline void della_long_tile(const Rule& rule, int32_t model, int64_t begin, int count, const float* delta,
-                            const uint32_t* words, uint32_t* keep) {
-    (void)begin;
+inline void della_long_tile(const Rule& rule, int32_t model, int count, const float* delta, const uint32_t* words,
+                            uint32_t* keep) {
     const uint32_t* sorted = rule.sorted_row[model];
     uint64_t least = della_limit(rule, model, 0);
     uint64_t most = della_limit(rule, model, 2 * (rule.row_length - 1));

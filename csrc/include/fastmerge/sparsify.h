@@ -5,7 +5,7 @@
 
 FM_NAMESPACE_BEGIN
 
-enum SparsifyMethod : int32_t { kKeepAll = 0, kBand = 1, kBernoulli = 2, kDella = 3 };
+enum SparsifyMethod : int32_t { kKeepAll = 0, kBand = 1, kBernoulli = 2, kDella = 3, kMask = 4 };
 
 // Probability p keeps the words below floor(p * 2^32); 2^32 itself keeps every word.
 FM_INLINE uint64_t keep_limit(double probability) {
