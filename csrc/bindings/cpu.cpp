@@ -80,7 +80,7 @@ struct Rules {
             rule.bounds = numbers(args.bounds);
             rule.ties_before = numbers(args.ties_before);
         } else if (args.method == fastmerge::kMask) {
-            need(args.masks != 0, "masks are needed");
+            need(args.masks != 0 || models.numel == 0, "masks are needed");
             rule.masks = reinterpret_cast<const uint8_t*>(args.masks);
             rule.mask_stride = (models.numel + 7) / 8;
         } else if (args.method != fastmerge::kKeepAll) {
