@@ -149,6 +149,13 @@ def merge(
         typer.Option(min=1, metavar="N", help="Threads to compute with (default: all that it may use)."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; only headers are read.")] = False,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where statistics of the whole model are kept for the next merge (default: OUT.statistics.json).",
+        ),
+    ] = None,
     on_nonfinite: Annotated[
         OnNonfinite, typer.Option(help="NaN or Inf in an input: stop, only report, or put zeros in their place.")
     ] = OnNonfinite.error,
@@ -164,6 +171,7 @@ def merge(
         "seed": seed,
         "on_nonfinite": on_nonfinite.value,
         "backend": backend,
+        "statistics": statistics,
     }
 
     def work() -> None:

@@ -22,14 +22,16 @@ from fastmerge.engine.parameters import ParameterTable, count_layers
 from fastmerge.engine.plan import NUMERICS, Plan, make_plan
 from fastmerge.engine.report import MergeReport, copy_fraction
 from fastmerge.engine.sources import TORCH_DTYPES, StateDictSource
+from fastmerge.engine.statistics_file import StatisticsFile
 from fastmerge.engine.writer import ModelWriter, OutputTensor
-from fastmerge.errors import ArgumentError, ArgumentTypeError, CheckpointError, ConfigError
+from fastmerge.errors import ArgumentError, ArgumentTypeError, CheckpointError, ConfigError, MergeError
 from fastmerge.sizes import parse_size
 
 __all__ = ["merge", "merge_checkpoints", "plan_checkpoints"]
 
 ON_NONFINITE = ("error", "warn", "zero")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STATISTICS_SUFFIX = ".statistics.json"
 _PLENTY = 1 << 62
 """The budget where nothing is read: the inputs are in memory already."""
 
@@ -152,6 +154,7 @@ def merge_checkpoints(
     on_nonfinite: str = "error",
     backend: str | None = None,
     threads: int | None = None,
+    statistics: Path | str | None = None,
     progress: ProgressLike | None = None,
 ) -> MergeReport:
     """Merge checkpoints into a new Hugging Face directory, reading, merging and writing at the same time.
@@ -168,6 +171,8 @@ def merge_checkpoints(
             zeros in their place.
         backend: None or "auto" (the fastest that works), "cpu" or "reference".
         threads: of the kernels; None for all that the process may use.
+        statistics: where statistics of the whole model are kept for the next merge of the same models, which need not
+            find them again (None: `OUT.statistics.json`). Only methods that need some write it.
         progress: told about the bytes read; see `fastmerge.engine.report.Progress`.
 
     Returns:
@@ -183,6 +188,7 @@ def merge_checkpoints(
         opened, plan = _open_and_plan(
             stack, settings, device, memory_budget, shard_size, numerics, seed, on_nonfinite, backend
         )
+        plan, kept = _with_statistics(plan, opened, _statistics_path(statistics, out), on_nonfinite)
         kernels = backends.resolve(backend)
         stack.enter_context(_threads(kernels, threads))
         first = opened[0]
@@ -227,6 +233,12 @@ def merge_checkpoints(
         except BaseException:
             writer.abort()
             raise
+        notes = list(plan.notes)
+        if kept is not None:
+            try:
+                kept.write(plan.model_statistics, outcome.statistics)
+            except MergeError as error:
+                notes.append(f"The merge is done, but its statistics were not kept: {error}")
     ended = time.perf_counter()
     moved = outcome.bytes_read + plan.bytes_written
     bandwidth = outcome.copy_bandwidth
@@ -240,11 +252,12 @@ def merge_checkpoints(
         bytes_read=outcome.bytes_read,
         bytes_written=plan.bytes_written,
         passes=plan.passes,
+        model_passes=plan.model_passes,
         seconds=seconds,
         nonfinite=outcome.nonfinite,
         digest=digest,
         backend=name,
-        notes=list(plan.notes),
+        notes=notes,
         copy_fraction=None if bandwidth is None else copy_fraction(moved, ended - started, bandwidth),
     )
 
@@ -260,6 +273,7 @@ def plan_checkpoints(
     seed: int = 0,
     on_nonfinite: str = "error",
     backend: str | None = None,
+    statistics: Path | str | None = None,
 ) -> Plan:
     """Decide a merge of checkpoints and stop there: `merge_checkpoints` without reading a tensor or writing a byte.
 
@@ -270,6 +284,7 @@ def plan_checkpoints(
         opened, plan = _open_and_plan(
             stack, load_config(config), device, memory_budget, shard_size, numerics, seed, on_nonfinite, backend
         )
+        plan, _ = _with_statistics(plan, opened, _statistics_path(statistics, out), on_nonfinite)
         if out is not None:
             from fastmerge.engine.atomic import check_target
 
@@ -279,6 +294,27 @@ def plan_checkpoints(
                 place = place.parent
             plan = replace(plan, disk_free=shutil.disk_usage(place).free)
     return plan
+
+
+def _statistics_path(given: Path | str | None, out: Path | str | None) -> Path | None:
+    """The file of statistics: the one that is named, or the one beside the output."""
+    if given is not None:
+        return Path(given).expanduser()
+    return None if out is None else Path(out).expanduser().absolute().with_suffix(Path(out).suffix + STATISTICS_SUFFIX)
+
+
+def _with_statistics(
+    plan: Plan, opened: Sequence[Checkpoint], path: Path | None, on_nonfinite: str
+) -> tuple[Plan, StatisticsFile | None]:
+    """The plan with what a file knows already, and that file; where the method needs nothing of the kind, as it is."""
+    if path is None or not plan.model_statistics:
+        return plan, None
+    kept = StatisticsFile(path, opened, plan, on_nonfinite)
+    known, note = kept.read(plan.model_statistics)
+    notes = [*plan.notes, *([] if note is None else [note])]
+    if known:
+        notes.append(f"{len(known)} statistic(s) of the whole model are taken from {path}.")
+    return replace(plan, known=known, notes=notes), kept
 
 
 def _open_and_plan(
@@ -322,6 +358,7 @@ def _open_and_plan(
             seed=seed % (1 << 64),
             dtype=_dtype(config.dtype),
             out_dtype=_dtype(config.out_dtype),
+            exclude=config.exclude,
             backend=backend or "auto",
         )
     except methods.ParameterError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,16 @@ Setting: TypeAlias = Scalar | list[Any] | dict[str, Any]
 Location: TypeAlias = tuple[str | int, ...]
 """Where something stands in the config: ("models", 0, "parameters", "weight")."""
 
-TOP_KEYS = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source")
+TOP_KEYS = (
+    "merge_method",
+    "models",
+    "base_model",
+    "parameters",
+    "exclude",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+)
 MODEL_KEYS = ("model", "parameters")
 CONDITION_KEYS = ("filter", "value")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -60,6 +70,7 @@ class MergeConfig:
         entries: every model as listed, the base included where it is listed (mergekit's linear treats it as a model).
         base_model: the base, or None.
         parameters: the global parameters.
+        exclude: regular expressions; tensors whose name one of them finds are copied from the base.
         dtype, out_dtype: "float32", "bfloat16", "float16", or None where the config leaves it open.
         tokenizer_source: None or "base".
         source: the text that was read, or YAML made from the dict that was given; for the model card.
@@ -72,6 +83,7 @@ class MergeConfig:
     entries: tuple[ModelEntry, ...]
     base_model: str | None = None
     parameters: dict[str, Setting] = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: str | None = None
@@ -283,6 +295,7 @@ class _Reader:
             entries=tuple(entries),
             base_model=base,
             parameters=self.parameters(content.get("parameters"), ("parameters",)),
+            exclude=self.exclude(content.get("exclude")),
             dtype=self.dtype(content, "dtype"),
             out_dtype=self.dtype(content, "out_dtype"),
             tokenizer_source=self.tokenizer_source(content.get("tokenizer_source")),
@@ -409,6 +422,24 @@ class _Reader:
         if isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0], dict)):
             raise self.error((*path, "value"), f"`{name}` has filters within a filter; write them one after the other.")
         return {"filter": pattern, "value": value}
+
+    def exclude(self, content: Any) -> tuple[str, ...]:
+        patterns = [content] if isinstance(content, str) else content or []
+        if not isinstance(patterns, list | tuple):
+            raise self.error(
+                ("exclude",), f"`exclude` is a list of regular expressions, not {_kind(content)}; write one per line."
+            )
+        for index, pattern in enumerate(patterns):
+            here: Location = ("exclude",) if isinstance(content, str) else ("exclude", index)
+            if not isinstance(pattern, str) or not pattern:
+                raise self.error(here, f"a pattern to exclude is a text, not {_kind(pattern)}; put it in quotes.")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise self.error(
+                    here, f"{pattern!r} is not a regular expression ({error}); put a backslash before its signs."
+                ) from None
+        return tuple(patterns)
 
     def dtype(self, content: Mapping[str, Any], key: str) -> str | None:
         value = self.text(content, key, ())

@@ -59,12 +59,17 @@ class ProgressLike(Protocol):
 
 @dataclass
 class Outcome:
-    """What happened: busy seconds by stage, and NaN and Inf counts by model and tensor, where there are any."""
+    """What happened.
+
+    seconds: busy time by stage. nonfinite: NaN and Inf counts by model and tensor, where there are any. statistics:
+    what became known about the whole model.
+    """
 
     seconds: dict[str, float]
     nonfinite: Counts
     bytes_read: int
     copy_bandwidth: float | None = None
+    statistics: dict[str, Any] = field(default_factory=dict)
 
 
 class _StoppedError(Exception):
@@ -92,26 +97,40 @@ class _Merged:
 
 @dataclass
 class _Progressing:
-    """What is known about the tensor at hand."""
+    """What is known about the tensor at hand, or about the whole model (job None)."""
 
-    job: Job
+    job: Job | None
     statistics: list[Statistic]
     known: dict[str, Any] = field(default_factory=dict)
     state: Any = None
     finished: int = 0
+    sample: Chunk | None = None
 
     @property
     def wanted(self) -> Statistic | None:
         """The statistic that this sweep gathers; None when it merges."""
-        while self.finished < len(self.statistics) and not self.statistics[self.finished].needed(self.known):
+        while self.finished < len(self.statistics):
+            statistic = self.statistics[self.finished]
+            if statistic.name not in self.known and statistic.needed(self.known):
+                return statistic
             self.finished += 1
-        return self.statistics[self.finished] if self.finished < len(self.statistics) else None
+        return None
+
+    def observe(self, statistic: Statistic, chunk: Chunk, first: bool) -> None:
+        """Let it see one chunk; before the first one, the sample."""
+        if first:
+            if statistic.samples and self.sample is not None:
+                statistic.prepare(self.sample, self.known)
+            self.state = statistic.observe(chunk, self.known)
+        else:
+            self.state = statistic.extend(self.state, chunk, self.known)
 
     def finish(self, statistic: Statistic, state: Any) -> None:
         """Its state is complete."""
         result = statistic.finish(state, self.known)
         if result is not None:
             self.known[statistic.name] = result
+        self.state = None
         self.finished += 1
 
 
@@ -154,6 +173,11 @@ class _Execution:
         self.nonfinite: Counts = {}
         self.seconds = {"reading": 0.0, "computing": 0.0, "writing": 0.0, "waiting": 0.0}
         self.at_hand: _Progressing | None = None
+        self.model = _Progressing(None, plan.model_statistics, dict(plan.known))
+        self.sample_parts: list[list[torch.Tensor]] = []
+        self.passes_done = 0
+        self.pass_begins = True
+        self.checked: set[str] = set()
         self.scratch = bytearray(0)
         self.bytes_read = 0
         self.elements_merged = 0
@@ -184,7 +208,7 @@ class _Execution:
         finally:
             if self.progress is not None:
                 self.progress.close()
-        outcome = Outcome(self.seconds, self.nonfinite, self.bytes_read)
+        outcome = Outcome(self.seconds, self.nonfinite, self.bytes_read, statistics=self.model.known)
         if self.in_arena is not None:
             outcome.copy_bandwidth = copy_bandwidth(self.in_arena.touched())
         return outcome
@@ -237,11 +261,13 @@ class _Execution:
     # -- reading
 
     def _read_all(self) -> None:
-        for load in self.plan.loads(self._another_sweep):
+        for load in self.plan.loads(self._another_sweep, self._another_pass):
             block = self._room_for(load)
             began = time.perf_counter()
             filled = _Filled(load, block, self._fill(load, block))
             self.seconds["reading"] += time.perf_counter() - began
+            if load.stop == load.job.numel and not load.sample:
+                self.checked.add(load.job.name)
             self._put(self.filled, filled)
         self._put(self.filled, None)
 
@@ -255,6 +281,13 @@ class _Execution:
             return (True,) if last >= sweep - 1 else None
 
         answer: tuple[bool] = self._wait(known)
+        return answer[0]
+
+    def _another_pass(self, done: int) -> bool:
+        """Whether the whole model must be passed over again, once the statistic of the pass before is finished."""
+        answer: tuple[bool] = self._wait(
+            lambda: (self.model.wanted is not None,) if self.passes_done == done else None,
+        )
         return answer[0]
 
     def _room_for(self, load: Load) -> Block | None:
@@ -335,13 +368,16 @@ class _Execution:
         """Whether the piece holds NaN or Inf; counted when it is read for the first time."""
         if not piece.is_floating_point():
             return False
+        before = self.nonfinite.get(one.source.ref, {})
+        if load.job.name in self.checked and load.job.name not in before:
+            return False
         nan, inf = _nonfinite(piece, self.backend)
         if not nan and not inf:
             return False
-        if load.sweep == 0 and not load.sample:
+        if load.job.name not in self.checked and not load.sample:
             counts = self.nonfinite.setdefault(one.source.ref, {})
-            before = counts.get(load.job.name, (0, 0))
-            counts[load.job.name] = (before[0] + nan, before[1] + inf)
+            so_far = counts.get(load.job.name, (0, 0))
+            counts[load.job.name] = (so_far[0] + nan, so_far[1] + inf)
         return True
 
     def _count_rest(self, load: Load, one: Input, dtype: torch.dtype) -> tuple[int, int]:
@@ -398,18 +434,21 @@ class _Execution:
         if job.context is None:
             self._copy(filled)
             return
-        if self.at_hand is None or self.at_hand.job is not job:
-            self.at_hand = _Progressing(job, self.plan.method.statistics(job.context, whole=job.whole))
-        at_hand = self.at_hand
         has_base = job.match.base is not None
         chunk = Chunk(
             offset=filled.load.start,
             base=filled.tensors[0] if has_base else None,
             models=filled.tensors[1:] if has_base else filled.tensors,
         )
+        if filled.load.model:
+            self._observe_model(filled.load, chunk)
+            return
+        if self.at_hand is None or self.at_hand.job is not job:
+            needed = self.plan.method.statistics(job.context, whole=job.whole)
+            self.at_hand = _Progressing(job, needed, dict(self.model.known))
+        at_hand = self.at_hand
         if filled.load.sample:
-            for statistic in at_hand.statistics:
-                statistic.prepare(chunk)
+            at_hand.sample = chunk.clone()
             return
         wanted = at_hand.wanted
         while job.whole and wanted is not None:
@@ -424,20 +463,39 @@ class _Execution:
 
     def _observe(self, at_hand: _Progressing, statistic: Statistic, load: Load, chunk: Chunk) -> None:
         """Let the sweep's statistic see one chunk of a tensor that is cut."""
-        if load.start == 0:
-            at_hand.state = statistic.observe(chunk, at_hand.known)
-        else:
-            at_hand.state = statistic.extend(at_hand.state, chunk, at_hand.known)
-        if load.stop == at_hand.job.numel:
+        at_hand.observe(statistic, chunk, first=load.start == 0)
+        if load.stop == load.job.numel:
             at_hand.finish(statistic, at_hand.state)
-            at_hand.state = None
             with self.changed:
-                self.decided[at_hand.job.name] = (load.sweep + 1, at_hand.wanted is None)
+                self.decided[load.job.name] = (load.sweep + 1, at_hand.wanted is None)
+                self.changed.notify_all()
+
+    def _observe_model(self, load: Load, chunk: Chunk) -> None:
+        """Let the pass's statistic see one chunk of the model, or put a part of the sample by."""
+        if load.sample:
+            tensors = chunk.models if chunk.base is None else [chunk.base, *chunk.models]
+            self.sample_parts.append([tensor.float() for tensor in tensors])
+            return
+        if self.sample_parts:
+            inputs = [torch.cat(parts) for parts in zip(*self.sample_parts, strict=True)]
+            base = None if chunk.base is None else inputs.pop(0)
+            self.model.sample = Chunk(0, base, inputs)
+            self.sample_parts = []
+        statistic = self.model.wanted
+        assert statistic is not None
+        self.model.observe(statistic, chunk, first=self.pass_begins)
+        self.pass_begins = load.last
+        if load.last:
+            self.model.finish(statistic, self.model.state)
+            with self.changed:
+                self.passes_done += 1
+                if self.model.wanted is None:
+                    self.model.sample = None
                 self.changed.notify_all()
 
     def _merge_piece(self, at_hand: _Progressing, part: Chunk) -> None:
         job = at_hand.job
-        assert job.context is not None
+        assert job is not None and job.context is not None
         target, block = self._target(job, part.offset, part.numel)
         if job.merged == job.out:
             self.plan.method.merge(job.context, part, at_hand.known, target)

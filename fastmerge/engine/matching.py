@@ -36,13 +36,15 @@ class Match:
     """One output tensor and what it is made from.
 
     action: "merge"; "copy" the first input (excluded tensors); or "same": inputs that are not floating-point numbers,
-    copied from the first and refused when the others differ. base is None where a method takes none.
+    copied from the first and refused when the others differ. base is None where a method takes none. again: a tied
+    head that every model stores beside its embedding, so that these weights are there twice.
     """
 
     name: str
     action: Action
     base: Input | None
     models: tuple[Input, ...]
+    again: bool = False
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -120,9 +122,20 @@ def _match(name: str, base: Source | None, models: Sequence[Source], excluded: b
             )
         if one.info.shape != inputs[0].info.shape:
             raise CheckpointError(_shapes_differ(name, inputs[0], one))
+    again = _HEAD.match(name) is not None and all(_is_copy(source, name) for source in sources)
     if base is None:
-        return Match(name, "merge", None, tuple(inputs))
-    return Match(name, "merge", inputs[0], tuple(inputs[1:]))
+        return Match(name, "merge", None, tuple(inputs), again)
+    return Match(name, "merge", inputs[0], tuple(inputs[1:]), again)
+
+
+def _is_copy(source: Source, head: str) -> bool:
+    """Whether a head is its embedding again: the config says so, or both are the same memory."""
+    embedding = _embedding_of(source, head)
+    if embedding is None:
+        return False
+    if head not in source.tensors:
+        return True
+    return source.tied is True or source.same(head, embedding.name)
 
 
 def _find(source: Source, name: str) -> TensorInfo | None:

@@ -22,7 +22,7 @@ from fastmerge.engine.matching import Input, Match, match_models
 from fastmerge.engine.sources import SAFETENSORS_NAMES, TORCH_DTYPES, Source, StateDictSource
 from fastmerge.engine.writer import OutputTensor, layout_shards
 from fastmerge.errors import ArgumentError, CheckpointError
-from fastmerge.methods.base import Method, TensorContext
+from fastmerge.methods.base import Method, Statistic, TensorContext
 from fastmerge.sizes import format_size
 
 NUMERICS = ("fp32", "mergekit")
@@ -46,6 +46,10 @@ more than HELD_BYTES is held whole, to be read once, only if the same memory ser
 SAMPLE_RUN = 1024
 SAMPLE_RUNS = 256
 """Runs of neighbours that a sample of a large tensor is made of."""
+MODEL_SAMPLE = 1 << 20
+MODEL_SAMPLE_BYTES = 64 << 20
+MODEL_SAMPLE_RUN = 256
+"""Elements of a sample of a whole model, memory for it as float32, and its runs: shorter, since there are more."""
 
 ParametersOf = Callable[[str], tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]]
 """Resolves a tensor's parameters: the shared ones, and those of each model in order."""
@@ -59,7 +63,7 @@ class Job:
     out: the output's dtype. cuts: the flat indices at which the loads begin and end. whole: the one load is all of it,
     so that statistics need no sweep of their own. sweeps: how often each load is read, unless a statistic takes its
     fallback; most_sweeps: with every fallback. sampled: a statistic looks at a sample first. piece: elements merged at
-    once.
+    once. counted: statistics of the whole model count it; a second copy of a tied tensor they do not.
     """
 
     match: Match
@@ -74,6 +78,7 @@ class Job:
     most_sweeps: int
     sampled: bool
     piece: int
+    counted: bool = True
 
     @property
     def name(self) -> str:
@@ -96,9 +101,14 @@ class Job:
         return sum(dtype.itemsize for dtype in self.held)
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of the inputs in their files."""
+        return sum(one.info.nbytes for one in self.inputs)
+
+    @property
     def bytes_read(self) -> int:
         """Bytes read over all sweeps."""
-        return self.sweeps * sum(one.info.nbytes for one in self.inputs)
+        return self.sweeps * self.stored_bytes
 
     def load_bytes(self, elements: int) -> int:
         """Memory of a load of so many elements."""
@@ -109,7 +119,8 @@ class Job:
 class Load:
     """One reading of elements [start, stop) of a job's inputs, in sweep number `sweep` (from 0).
 
-    With `sample`, before any sweep, `stop` elements from all over the tensor are read instead.
+    With `sample`, before any sweep, `stop` elements from all over the tensor are read instead, in runs of `run`. With
+    `model`, it is read for a statistic of the whole model; `last`: and no more is to come for this one.
     """
 
     job: Job
@@ -117,6 +128,9 @@ class Load:
     start: int
     stop: int
     sample: bool = False
+    run: int = SAMPLE_RUN
+    model: bool = False
+    last: bool = False
 
     @property
     def numel(self) -> int:
@@ -133,7 +147,7 @@ class Load:
         """Which elements these are: (first, number) of each run."""
         if not self.sample:
             return [(self.start, self.numel)]
-        run = min(SAMPLE_RUN, self.numel)
+        run = min(self.run, self.numel)
         stride = self.job.numel // (self.numel // run)
         # Scattered within its stride, lest the runs line up with the rows of a matrix.
         runs = [
@@ -150,6 +164,8 @@ class Plan:
     outputs: the output's tensors in file order. jobs: what to do, in that order. resident: the inputs are in memory
     already. in_bytes, out_bytes: memory for loads and for merged pieces. untied: config.json must say that the head is
     not tied. notes: what a person should know. disk_free: bytes free where the output goes, if that is known.
+    model_statistics: what must be known about the whole model, each from a pass over it; known: results among them that
+    need not be found again.
     """
 
     method: Method
@@ -164,6 +180,18 @@ class Plan:
     untied: bool = False
     notes: list[str] = field(default_factory=list)
     disk_free: int | None = None
+    model_statistics: list[Statistic] = field(default_factory=list)
+    known: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def counted(self) -> list[Job]:
+        """The jobs that statistics of the whole model look at."""
+        return [job for job in self.jobs if job.context is not None and job.counted and job.numel]
+
+    @property
+    def model_passes(self) -> int:
+        """Passes over the whole model for statistics, unless one of them takes its fallback."""
+        return sum(not one.fallback and one.name not in self.known for one in self.model_statistics)
 
     @property
     def outputs(self) -> list[OutputTensor]:
@@ -178,12 +206,13 @@ class Plan:
     @property
     def passes(self) -> int:
         """The most sweeps over any tensor's files."""
-        return max((job.sweeps for job in self.jobs), default=1)
+        return self.model_passes + max((job.sweeps for job in self.jobs), default=1)
 
     @property
     def bytes_read(self) -> int:
         """Bytes that will be read, over all sweeps."""
-        return sum(job.bytes_read for job in self.jobs)
+        once = sum(job.stored_bytes for job in self.counted) if self.model_passes else 0
+        return self.model_passes * once + sum(job.bytes_read for job in self.jobs)
 
     @property
     def bytes_written(self) -> int:
@@ -195,11 +224,17 @@ class Plan:
         """Bytes of buffers at most, to which Python and torch themselves are added."""
         return self.in_bytes + self.out_bytes + 2 * READ_BYTES
 
-    def loads(self, more: Callable[[Job, int], bool] = lambda job, sweep: False) -> Iterator[Load]:
+    def loads(
+        self,
+        more: Callable[[Job, int], bool] = lambda job, sweep: False,
+        more_passes: Callable[[int], bool] | None = None,
+    ) -> Iterator[Load]:
         """Every reading, in order. Tensors that must merely be equal come first: a refusal should be quick.
 
-        more: whether a job needs this sweep, asked for those that only a fallback needs.
+        more: whether a job needs this sweep, asked for those that only a fallback needs. more_passes: whether the whole
+        model's statistics need one more pass than so many; without it, the passes that are planned.
         """
+        yield from self._model_loads(more_passes or (lambda done: done < self.model_passes))
         for job in sorted(self.jobs, key=lambda job: job.match.action != "same"):
             if job.numel == 0:
                 continue
@@ -211,6 +246,25 @@ class Plan:
                 for start, stop in zip(job.cuts, job.cuts[1:], strict=False):
                     yield Load(job, sweep, start, stop)
 
+    def _model_loads(self, more_passes: Callable[[int], bool]) -> Iterator[Load]:
+        """A sample of the whole model, then a pass over it for each statistic."""
+        counted = self.counted
+        if not counted or not self.model_passes:
+            return
+        if any(statistic.samples for statistic in self.model_statistics):
+            total = sum(job.numel for job in counted)
+            most = MODEL_SAMPLE_BYTES // (4 * max(len(job.inputs) for job in counted))
+            fraction = min(1.0, min(MODEL_SAMPLE, most) / total)
+            for job in counted:
+                size = min(max(1, round(job.numel * fraction)), job.cuts[1])
+                yield Load(job, 0, 0, size, sample=True, run=MODEL_SAMPLE_RUN, model=True)
+        done = 0
+        while more_passes(done):
+            spans = [(job, *span) for job in counted for span in zip(job.cuts, job.cuts[1:], strict=False)]
+            for number, (job, start, stop) in enumerate(spans, 1):
+                yield Load(job, 0, start, stop, model=True, last=number == len(spans))
+            done += 1
+
     def describe(self) -> dict[str, Any]:
         """The plan in numbers, ready for JSON; sizes in bytes."""
         swept = [job.name for job in self.jobs if job.sweeps > 1]
@@ -221,6 +275,7 @@ class Plan:
             "tensors": len(self.jobs),
             "parameters": sum(job.numel for job in self.jobs),
             "passes": self.passes,
+            "model_passes": self.model_passes,
             "swept_tensors": swept,
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
@@ -236,10 +291,12 @@ class Plan:
         """The plan as a person reads it."""
         said = self.describe()
         swept = said["swept_tensors"]
-        passes = "1"
+        passes = str(self.model_passes + 1)
+        if self.model_passes:
+            passes += ", all but the last for statistics of the whole model"
         if swept:
             names = ", ".join(swept[:3]) + (f" and {len(swept) - 3} more" if len(swept) > 3 else "")
-            passes = f"1, but {self.passes} over {len(swept)} tensor(s) too large to be held within the budget: {names}"
+            passes += f", but {self.passes} over {len(swept)} tensor(s) too large to be held within the budget: {names}"
         return [
             f"method         {self.method.name}, numerics {self.numerics}, seed {self.seed}",
             f"tensors        {said['tensors']} ({said['parameters'] / 1e9:.3f}B parameters)",
@@ -289,6 +346,8 @@ def make_plan(
     drafts = [
         _draft(match, method, parameters_of, numerics, seed, dtype, out_dtype, backend) for match in matching.matches
     ]
+    contexts = [draft.context for draft in drafts if draft.context is not None and not draft.match.again]
+    wanted = method.model_statistics([context for context in contexts if context.numel])
     resident = isinstance(models[0], StateDictSource)
     cutter = _Cutter(method, budget, resident, chunk_elements)
     jobs, in_bytes, out_bytes = cutter.cut(drafts)
@@ -304,6 +363,7 @@ def make_plan(
         shard_size=shard_size,
         untied=matching.untied,
         notes=matching.notes,
+        model_statistics=wanted,
     )
 
 
@@ -467,6 +527,7 @@ class _Cutter:
             most_sweeps=most_sweeps,
             sampled=sampled,
             piece=piece,
+            counted=not draft.match.again,
         )
         if not self.resident and job.load_bytes(min(load, numel)) > share:
             raise ArgumentError(

@@ -51,7 +51,7 @@ class Progress:
         if self._quiet:
             return
         if not self._stream.isatty():
-            times = "once" if passes == 1 else f"in up to {passes} sweeps over a tensor"
+            times = "once" if passes == 1 else f"in up to {passes} passes"
             print(f"fastmerge: reading {format_size(total_bytes)} {times}", file=self._stream, flush=True)
             return
         # Imported here: a merge whose output is not looked at need not pay for it.
@@ -117,6 +117,7 @@ class MergeReport:
         bytes_read: bytes read from the inputs, over all passes.
         bytes_written: bytes of tensor data written.
         passes: most sweeps planned over any tensor.
+        model_passes: how many of them were over the whole model, for its statistics.
         seconds: wall seconds by phase (see :data:`PHASES`).
         nonfinite: model -> tensor -> (NaN count, Inf count), for tensors that have any.
         digest: digest of the merged tensors, as in the manifest.
@@ -138,6 +139,7 @@ class MergeReport:
     backend: str = ""
     copy_fraction: float | None = None
     notes: list[str] = field(default_factory=list)
+    model_passes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a dict that ``json.dumps`` accepts."""
@@ -148,7 +150,7 @@ class MergeReport:
         total = self.seconds.get("total", 0.0)
         rows = [
             ("method", self.method),
-            ("passes", "1" if self.passes == 1 else f"1, and up to {self.passes} over large tensors"),
+            ("passes", self._passes()),
             ("backend", self.backend),
             ("tensors", f"{self.tensors} ({self.parameters / 1e9:.3f}B parameters)"),
             ("read", format_size(self.bytes_read)),
@@ -165,6 +167,11 @@ class MergeReport:
         rows += [("digest", self.digest), ("output", self.out)]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _passes(self) -> str:
+        whole = self.model_passes + 1
+        text = str(whole) if whole == 1 else f"{whole}, all but one for statistics of the whole model"
+        return text if self.passes == whole else f"{text}, and up to {self.passes} over large tensors"
 
     def _nonfinite_rows(self) -> list[tuple[str, str]]:
         found = [

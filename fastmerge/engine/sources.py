@@ -40,6 +40,9 @@ class Source(Protocol):
     def tied(self) -> bool | None:
         """Whether the config ties the output head to the embedding; None where it does not say."""
 
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors are the same memory."""
+
     def read_into(self, info: TensorInfo, start_byte: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `start_byte` on. Thread-safe."""
 
@@ -72,6 +75,11 @@ class StateDictSource:
         """Whether the module's config ties the output head to the embedding."""
         said = None if self.config is None else self.config.get("tie_word_embeddings")
         return None if said is None else bool(said)
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors are the same memory, as a tied head and its embedding are in a module."""
+        first, second = self._tensors[one], self._tensors[other]
+        return (first.data_ptr(), first.shape, first.stride()) == (second.data_ptr(), second.shape, second.stride())
 
     def view(self, info: TensorInfo) -> torch.Tensor:
         """The tensor, flat; a copy only where its elements do not lie in one piece."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from fastmerge import ops
-from fastmerge.methods.parameters import Parameters
+from fastmerge.methods.parameters import ParameterError, Parameters
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,14 @@ class Chunk:
     def numel(self) -> int:
         """How many elements there are."""
         return self.models[0].numel()
+
+    def clone(self) -> Chunk:
+        """The same elements in memory of their own."""
+        return replace(
+            self,
+            base=None if self.base is None else self.base.clone(),
+            models=[model.clone() for model in self.models],
+        )
 
     def part(self, start: int, stop: int) -> Chunk:
         """Elements [start, stop), counted from this chunk's beginning, as views."""
@@ -71,12 +79,34 @@ class TensorContext:
         return ops.tensor_id(self.name)
 
 
+def whole_model(contexts: Sequence[TensorContext], uniform: Sequence[str]) -> TensorContext:
+    """All tensors of a model as if they were one, for statistics over all of them.
+
+    uniform: the parameters that must be the same for every tensor then. Raises ParameterError naming two that differ.
+    """
+    first = contexts[0]
+    for other in contexts[1:]:
+        for name in uniform:
+            one, two = getattr(first.parameters, name, None), getattr(other.parameters, name, None)
+            if one != two:
+                raise ParameterError(
+                    f"{name} is {_shown(one)} for {first.name} but {_shown(two)} for {other.name}; with scope = model "
+                    "it must be one value for all tensors.",
+                    name,
+                )
+    return replace(first, name="the whole model", shape=(sum(context.numel for context in contexts),))
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(f"{each:g}" for each in value) if isinstance(value, tuple) else str(value)
+
+
 Known = Mapping[str, Any]
 """The statistics that are finished, by name."""
 
 
 class Statistic(ABC):
-    """What must be known about a whole tensor before any of it can be merged: a monoid.
+    """What must be known about a whole tensor, or about a whole model, before any of it can be merged: a monoid.
 
     The states of disjoint chunks add up, in any grouping, to the state of all of them; `finish` turns the sum into what
     the merge needs. A statistic may use those listed before it, which are finished by then.
@@ -86,14 +116,14 @@ class Statistic(ABC):
     fallback: ClassVar[bool] = False
     """Whether it is rarely needed, because one listed before it mostly finds the same."""
     samples: ClassVar[bool] = False
-    """Whether it wants to see a sample of the tensor first."""
+    """Whether it wants to see a sample first."""
 
     def needed(self, known: Known) -> bool:
         """Whether it must be gathered at all, those before it being finished."""
         return True
 
-    def prepare(self, sample: Chunk) -> None:
-        """See a sample of the whole tensor: it may decide how the result is found, never what it is."""
+    def prepare(self, sample: Chunk, known: Known) -> None:
+        """See a sample of all that will be observed: it may decide how the result is found, never what it is."""
         return None
 
     @abstractmethod
@@ -111,6 +141,20 @@ class Statistic(ABC):
     @abstractmethod
     def finish(self, state: Any, known: Known) -> Any:
         """What the merge needs, or None if that is to be found by a fallback."""
+
+    # -- for statistics of a whole model, which a file may keep for the next merge of the same models
+
+    def depends_on(self) -> dict[str, Any]:
+        """What the result depends on besides the models, ready for JSON."""
+        return {}
+
+    def dump(self, result: Any) -> Any:
+        """The result, ready for JSON; None if it is not worth keeping."""
+        return None
+
+    def load(self, stored: Any) -> Any:
+        """The inverse of `dump`."""
+        raise NotImplementedError
 
 
 class Method(ABC):
@@ -142,6 +186,13 @@ class Method(ABC):
 
         whole: each statistic will observe one chunk that is the whole tensor, and never has to add.
         """
+
+    def model_statistics(self, contexts: Sequence[TensorContext]) -> list[Statistic]:
+        """What must be known about all these tensors together, in order; each costs a pass over them. none = nothing.
+
+        Raises ParameterError where the tensors' parameters do not go together.
+        """
+        return []
 
     @abstractmethod
     def merge(self, context: TensorContext, chunk: Chunk, known: Known, out: torch.Tensor) -> None:

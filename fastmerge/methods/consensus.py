@@ -7,6 +7,7 @@ with m_i from the sign election (TIES) or 1, and the divisor the sum of the weig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any, ClassVar, Literal
@@ -15,8 +16,8 @@ import torch
 
 from fastmerge import ops
 from fastmerge.backends.rule import SparsifyRule
-from fastmerge.methods.base import Chunk, Known, Method, Statistic, TensorContext
-from fastmerge.methods.parameters import Finite, Fraction, Parameters, per_model, shared
+from fastmerge.methods.base import Chunk, Known, Method, Statistic, TensorContext, whole_model
+from fastmerge.methods.parameters import Finite, Fraction, ParameterError, Parameters, per_model, shared
 from fastmerge.methods.statistics import (
     KeptMasks,
     KeyHistogram,
@@ -31,6 +32,7 @@ from fastmerge.methods.statistics import (
     trivial_bounds,
 )
 
+Scope = Literal["tensor", "model"]
 Sparsify = Literal["none", "magnitude", "outliers", "bernoulli", "della"]
 
 
@@ -43,6 +45,12 @@ class ConsensusParameters(Parameters):
     normalize: bool = shared(False, "divide by the sum of the weights that took part")
     rescale: bool = shared(False, "give each sparsified delta its L1 norm back")
     int8_mask: bool = shared(False, "accepted and without effect: no mask is stored")
+
+
+class ScopedParameters(ConsensusParameters):
+    """Thresholds on magnitudes may be those of each tensor or one for all tensors of a model."""
+
+    scope: Scope = shared("tensor", "thresholds of each tensor, or of the whole model, where equals are all kept")
 
 
 class ConsensusMethod(Method):
@@ -133,12 +141,34 @@ class ConsensusMethod(Method):
 
     # -- statistics and merge
 
+    def check(self, context: TensorContext, labels: Sequence[str]) -> None:
+        """The peer knows no thresholds over a whole model."""
+        if self._model_scope(context) and context.numerics == "mergekit":
+            raise ParameterError(
+                f"scope = model for {context.name} goes with numerics fp32 only: mergekit has no such threshold; "
+                "leave out either.",
+                "scope",
+            )
+
+    def _model_scope(self, context: TensorContext) -> bool:
+        return getattr(context.parameters, "scope", "tensor") == "model"
+
+    def model_statistics(self, contexts: Sequence[TensorContext]) -> list[Statistic]:
+        """Rank bounds over all tensors, where the scope is the model; its elements are all in one order then."""
+        if not any(self._model_scope(context) for context in contexts):
+            return []
+        whole = whole_model(contexts, ("scope", "density", "gamma"))
+        ranks = self._ranks(whole)
+        if not ranks.cuts(whole.numel):
+            return []
+        return [KeyWindow(whole, ranks, True), KeyHistogram(whole), RankBounds(whole, ranks, True)]
+
     def statistics(self, context: TensorContext, whole: bool) -> list[Statistic]:
         """Rank bounds for the magnitude rules, and L1 sums when rescaling; nothing where nothing is cut off."""
         if not self._cuts(context) or context.numel == 0:
             return []
         needed: list[Statistic] = []
-        if self.sparsify in ("magnitude", "outliers"):
+        if self.sparsify in ("magnitude", "outliers") and not self._model_scope(context):
             ranks = self._ranks(context)
             if ranks.cuts(context.numel):
                 streamed = [KeyWindow(context, ranks), KeyHistogram(context), RankBounds(context, ranks)]

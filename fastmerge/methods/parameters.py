@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -66,6 +66,7 @@ class Parameter:
     minimum: float | None
     maximum: float | None
     help: str
+    choices: tuple[str, ...] = ()
 
     @property
     def required(self) -> bool:
@@ -77,6 +78,8 @@ class Parameter:
         """The values it takes, in words."""
         if self.kind is bool:
             return "true or false"
+        if self.choices:
+            return " or ".join(self.choices) if len(self.choices) == 2 else "one of " + ", ".join(self.choices)
         if self.minimum is not None and self.maximum is not None:
             return f"from {self.minimum:g} to {self.maximum:g}"
         if self.minimum is not None:
@@ -106,16 +109,18 @@ def parameters_of(model: type[Parameters]) -> dict[str, Parameter]:
             if get_origin(annotation) is Annotated:
                 annotation, *extras = get_args(annotation)
                 limits = [limit for extra in extras for limit in getattr(extra, "metadata", [extra])]
+        choices = get_args(annotation) if get_origin(annotation) is Literal else ()
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         found[name] = Parameter(
             name=name,
             python_name=python_name,
-            kind=bool if annotation is bool else float,
+            kind=bool if annotation is bool else str if choices else float,
             per_model=is_per_model,
             default=extra.get("default_each", REQUIRED) if is_per_model else field.default,
             minimum=next((limit.ge for limit in limits if getattr(limit, "ge", None) is not None), None),
             maximum=next((limit.le for limit in limits if getattr(limit, "le", None) is not None), None),
             help=field.description or "",
+            choices=choices,
         )
     return found
 
@@ -170,6 +175,11 @@ def _checked(parameter: Parameter, value: Any, tensor: str, label: str | None) -
         parameter.name,
         label,
     )
+    if parameter.choices:
+        if value in parameter.choices:
+            return value
+        near = difflib.get_close_matches(str(value), parameter.choices, n=1)
+        raise ParameterError(f"{refusal}{f' Did you mean {near[0]}?' if near else ''}", parameter.name, label)
     if parameter.kind is bool:
         if isinstance(value, bool):
             return value

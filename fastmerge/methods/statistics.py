@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -124,12 +125,13 @@ class KeyWindow(Statistic):
 
     context: TensorContext
     ranks: Ranks
+    keep_ties: bool = False
     low: list[int] = field(init=False, default_factory=list)
     width: int = field(init=False, default=0)
     name = "bounds"
     samples = True
 
-    def prepare(self, sample: Chunk) -> None:
+    def prepare(self, sample: Chunk, known: Known) -> None:
         """Put each window around the keys that have the bound's rank, give or take, in the sample."""
         cuts = self.ranks.cuts(self.context.numel)
         models = [sample.models[model] for model, _, _ in cuts]
@@ -189,7 +191,19 @@ class KeyWindow(Statistic):
             if bound is None:
                 return None
             values[model, which] = torch.tensor(bound, dtype=torch.int64)
-        return StreamedBounds(values, self.context)
+        return StreamedBounds(ops.keep_ties(values) if self.keep_ties else values, self.context)
+
+    def depends_on(self) -> dict[str, Any]:
+        """The ranks, and that equals are kept."""
+        return {"first": self.ranks.first, "last": self.ranks.last, "keep_ties": self.keep_ties}
+
+    def dump(self, result: StreamedBounds) -> Any:
+        """The bounds."""
+        return result.values.tolist()
+
+    def load(self, stored: Any) -> StreamedBounds:
+        """The inverse of `dump`."""
+        return StreamedBounds(torch.tensor(stored, dtype=torch.int64), self.context)
 
 
 @dataclass(frozen=True)
@@ -226,6 +240,7 @@ class RankBounds(Statistic):
 
     context: TensorContext
     ranks: Ranks
+    keep_ties: bool = False
     name = "bounds"
     fallback = True
 
@@ -255,7 +270,7 @@ class RankBounds(Statistic):
         level0 = known[KeyHistogram.name]
         for row, (model, which, rank) in enumerate(self.ranks.cuts(self.context.numel)):
             values[model, which] = torch.tensor(ops.bound(level0[model], state[row], rank), dtype=torch.int64)
-        return StreamedBounds(values, self.context)
+        return StreamedBounds(ops.keep_ties(values) if self.keep_ties else values, self.context)
 
 
 def trivial_bounds(ranks: Ranks) -> torch.Tensor:

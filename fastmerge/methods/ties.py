@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from fastmerge.methods.consensus import ConsensusMethod, ConsensusParameters
+from fastmerge.methods.consensus import ConsensusMethod, ScopedParameters
 from fastmerge.methods.parameters import Parameters, shared
 
 
-class TiesParameters(ConsensusParameters):
+class TiesParameters(ScopedParameters):
     """The mean over the models that agree is the default."""
 
     normalize: bool = shared(True, "divide by the sum of the weights that took part")
@@ -20,7 +20,10 @@ class Ties(ConsensusMethod):
     name = "ties"
     title = "TIES"
     source = "https://arxiv.org/abs/2306.01708 (TIES-Merging)"
-    sweeps = "2 (one to find the exact threshold, seldom three), 1 with density 1; 1 more with rescale"
+    sweeps = (
+        "2 (one to find the exact threshold, seldom three), 1 with density 1; 1 more with rescale; "
+        "scope model: 2 over the whole model"
+    )
     sparsify = "magnitude"
     election = True
     Parameters: ClassVar[type[Parameters]] = TiesParameters

@@ -83,7 +83,7 @@ def test_off_a_terminal_there_is_one_plain_line() -> None:
     with Progress(stream) as progress:
         progress.begin(3_000_000, 2)
         progress.advance(3_000_000, "weight")
-    assert stream.getvalue() == "fastmerge: reading 3.00 MB in up to 2 sweeps over a tensor\n"
+    assert stream.getvalue() == "fastmerge: reading 3.00 MB in up to 2 passes\n"
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
