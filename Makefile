@@ -12,13 +12,17 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types checks suite build bench format clean
+.PHONY: help demo plot test lint types checks suite build bench format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-8s %s\n", $$1, $$2 }'
 
-demo: $(VENV)/.demo $(VENV)/.built  ## make a family of small models, merge it in four ways, score the results
+demo: $(VENV)/.demo $(VENV)/.built  ## make a family of small models, merge it in six ways, score the results
 	@$(BIN)/python -m demo
+
+plot: $(VENV)/.demo $(VENV)/.built  ## PCB-Merging's score over density and lambda, on the demo's models, as a picture
+	@$(PIP) $(call requirements,plot)
+	@$(BIN)/python -m demo.plot_pcb
 
 # Every linter runs, whatever another one found; pytest comes last, so that the output ends with its summary.
 test: $(VENV)/.dev $(VENV)/.built  ## linters, type check, repository checks and the whole test suite

@@ -14,8 +14,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-FAMILIES = ("select", "sparsify", "consensus")
-DRIVERS = ("dispatch", "pool", "select", "sparsify", "consensus")
+FAMILIES = ("select", "sparsify", "pcb", "consensus")
+DRIVERS = ("dispatch", "pool", "select", "sparsify", "pcb", "consensus")
 
 # Value-preserving optimisation only: no contraction into fused multiply-adds, no fast-math.
 COMMON_FLAGS = [

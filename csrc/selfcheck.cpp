@@ -10,6 +10,7 @@
 
 #include "cpu/api.h"
 #include "fastmerge/consensus.h"
+#include "fastmerge/pcb.h"
 #include "fastmerge/philox.h"
 #include "fastmerge/sparsify.h"
 
@@ -93,6 +94,24 @@ void check_rounding() {
     }
 }
 
+void check_functions() {
+    std::vector<float> x, exps, tanhs;
+    for (uint64_t bits = 0; bits < 0x100000000ull; bits += 65521)
+        x.push_back(bit_cast<float>(static_cast<uint32_t>(bits)));
+    int64_t count = static_cast<int64_t>(x.size());
+    exps.resize(x.size());
+    tanhs.resize(x.size());
+    function(0, x.data(), count, exps.data());
+    function(1, x.data(), count, tanhs.data());
+    auto same = [](float a, float b) { return bit_cast<uint32_t>(canonical(a)) == bit_cast<uint32_t>(canonical(b)); };
+    for (size_t i = 0; i < x.size(); ++i) {
+        if (!same(exps[i], exp_of(x[i])) || !same(tanhs[i], tanh_of(x[i])))
+            return check(false, "exp or tanh gives other bits than plain code");
+        double exact = std::tanh(static_cast<double>(x[i]));
+        if (!(std::fabs(tanhs[i] - exact) <= 4e-7 * std::fabs(exact)) && x[i] == x[i]) return check(false, "tanh");
+    }
+}
+
 void check_selection(const Family& family) {
     Models models = family.view();
     size_t n = static_cast<size_t>(models.count);
@@ -159,6 +178,67 @@ std::vector<uint8_t> merges(const Family& family) {
     return all;
 }
 
+template <class T>
+void append(std::vector<uint8_t>& all, const std::vector<T>& values) {
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(values.data());
+    all.insert(all.end(), bytes, bytes + values.size() * sizeof(T));
+}
+
+// The window's counts and the histogram's, against keys made here.
+void check_score_counts(const PcbArgs& args, const std::vector<float>& scores, int64_t low, int64_t width) {
+    size_t n = static_cast<size_t>(args.models.count), numel = static_cast<size_t>(args.models.numel);
+    size_t columns = static_cast<size_t>(width) + 1;
+    std::vector<int64_t> lows(n, low), counts(n * columns, 0), highest(n, 0), prefix(n, -1), bins(n << 16, 0);
+    std::vector<int64_t> wanted(counts), wanted_highest(highest), wanted_bins(bins);
+    pcb_window(args, lows.data(), width, counts.data(), highest.data());
+    pcb_histogram(args, prefix.data(), bins.data());
+    for (size_t i = 0; i < n; ++i) {
+        for (size_t t = 0; t < numel; ++t) {
+            int64_t key = score_key(scores[i * numel + t]);
+            wanted_highest[i] = std::max(wanted_highest[i], key);
+            ++wanted_bins[(i << 16) + static_cast<size_t>(key >> 16)];
+            if (key >= low) ++wanted[i * columns + (key - low < width ? static_cast<size_t>(key - low) + 1 : 0)];
+        }
+    }
+    check(counts == wanted && highest == wanted_highest, "a window of scores");
+    check(bins == wanted_bins, "a histogram of scores");
+}
+
+// Every kind of PCB-Merging: scores, sums and extremes, what was merged and by which shares, byte after byte.
+std::vector<uint8_t> competitions(const Family& family) {
+    Models models = family.view();
+    size_t n = static_cast<size_t>(models.count), numel = static_cast<size_t>(models.numel);
+    size_t pairs = static_cast<size_t>(pcb_pairs(models.count));
+    std::vector<uint8_t> all;
+    std::vector<float> clip, extremes(2 * pairs), means(n + pairs, 1.25f), thresholds, weights(n, 0.7f);
+    for (size_t i = 0; i < n; ++i) {
+        clip.insert(clip.end(), {1e-6f, i == 1 ? 1e-6f : 1e-4f});
+        thresholds.insert(thresholds.end(), {1e-4f, 0.5f});
+    }
+    pcb_extremes(models, extremes.data());
+    append(all, extremes);
+    for (int32_t variant : {kPcbScript, kPcbVision, kPcbVisionEs, kPcbPaper}) {
+        PcbArgs args = {models, variant, clip.data(), extremes.data(), means.data(), thresholds.data()};
+        std::vector<float> scores(n * numel), scale(n * numel);
+        pcb_scores(args, scores.data());
+        append(all, scores);
+        int64_t middle = score_key(scores[numel / 2]);
+        check_score_counts(args, scores, middle > 500 ? middle - 500 : 0, 1000);
+        if (variant == kPcbPaper) {
+            std::vector<int64_t> sums((n + pairs) * 12);
+            pcb_sums(args, sums.data());
+            append(all, sums);
+        }
+        for (int32_t dtype : {kFloat32, kBFloat16, kFloat16}) {
+            std::vector<uint8_t> out(numel * static_cast<size_t>(dtype_size(dtype)), 0xcd);
+            pcb_apply({args, weights.data(), out.data(), dtype, dtype == kFloat32 ? scale.data() : nullptr});
+            append(all, out);
+        }
+        append(all, scale);
+    }
+    return all;
+}
+
 }  // namespace
 
 int main() {
@@ -174,9 +254,11 @@ int main() {
     for (const std::string& name : supported_isas()) {
         check(set_isa(name), "choosing " + name);
         check_random_words();
+        check_functions();
         for (size_t f = 0; f < families.size(); ++f) {
             if (families[f].numel > 3) check_selection(families[f]);
             std::vector<uint8_t> made = merges(families[f]);
+            append(made, competitions(families[f]));
             if (expected.size() == f) expected.push_back(made);
             check(made == expected[f], "merging gives other bits than " + supported_isas().front());
         }

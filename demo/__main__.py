@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 HERE = Path(__file__).resolve().parent
-MERGES = ("linear", "task_arithmetic", "ties", "dare_ties")
+MERGES = ("linear", "task_arithmetic", "ties", "dare_ties", "pcb", "pcb_paper")
 
 
 def main() -> int:

@@ -6,6 +6,7 @@
 
 #include "cpu/api.h"
 #include "fastmerge/consensus.h"
+#include "fastmerge/pcb.h"
 #include "fastmerge/philox.h"
 #include "fastmerge/sparsify.h"
 
@@ -16,6 +17,8 @@ namespace {
 using fastmerge::cpu::Array;
 using fastmerge::cpu::ConsensusArgs;
 using fastmerge::cpu::Models;
+using fastmerge::cpu::PcbApplyArgs;
+using fastmerge::cpu::PcbArgs;
 using fastmerge::cpu::Rule;
 using fastmerge::cpu::Shard;
 using fastmerge::cpu::Stream;
@@ -103,6 +106,30 @@ struct Rules {
     }
     Rules(const Rules&) = delete;
     Rules& operator=(const Rules&) = delete;
+};
+
+float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+// Variant, then the addresses of clip, extremes, means and thresholds; 0 for what a sweep does not need.
+struct PcbRule {
+    int variant;
+    uintptr_t clip, extremes, means, thresholds;
+};
+
+struct PcbInputs {
+    Inputs inputs;
+    PcbArgs args;
+
+    PcbInputs(const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, const PcbRule& rule,
+              bool scored = true)
+        : inputs(base, subtract, tensors, numel, fastmerge::kFloat32) {
+        need(rule.variant >= 0 && rule.variant <= 3, "PCB variant out of range");
+        bool paper = rule.variant == fastmerge::kPcbPaper;
+        need(paper ? rule.extremes != 0 : rule.clip != 0, "the rule lacks the range of its rows");
+        need(!paper || !scored || rule.means != 0, "the rule lacks the means of its rows");
+        args = {inputs.models,         rule.variant,       floats(rule.clip),
+                floats(rule.extremes), floats(rule.means), floats(rule.thresholds)};
+    }
 };
 
 std::vector<Shard> shards_of(const std::vector<std::pair<Ref, int64_t>>& shards) {
@@ -252,6 +279,77 @@ PYBIND11_MODULE(_cpu, m) {
             fastmerge::cpu::consensus_apply(call);
         },
         release());
+    py::class_<PcbRule>(m, "PcbRule")
+        .def(py::init([](int variant, uintptr_t clip, uintptr_t extremes, uintptr_t means, uintptr_t thresholds) {
+            return PcbRule{variant, clip, extremes, means, thresholds};
+        }));
+    m.def(
+        "pcb_scores",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, const PcbRule& rule,
+           uintptr_t out) {
+            PcbInputs inputs(base, subtract, tensors, numel, rule);
+            fastmerge::cpu::pcb_scores(inputs.args, floats(out));
+        },
+        release());
+    m.def(
+        "pcb_window",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, const PcbRule& rule,
+           const std::vector<int64_t>& low, int64_t width, uintptr_t counts, uintptr_t highest) {
+            PcbInputs inputs(base, subtract, tensors, numel, rule);
+            need(low.size() == tensors.size(), "one window per model is needed");
+            need(width > 0, "the window is empty");
+            for (int64_t start : low) need(start >= 0, "a window begins below the first key");
+            fastmerge::cpu::pcb_window(inputs.args, low.data(), width, numbers(counts), numbers(highest));
+        },
+        release());
+    m.def(
+        "pcb_histogram",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, const PcbRule& rule,
+           const std::vector<int64_t>& prefix, uintptr_t out) {
+            PcbInputs inputs(base, subtract, tensors, numel, rule);
+            need(prefix.size() == tensors.size(), "one prefix per model is needed");
+            fastmerge::cpu::pcb_histogram(inputs.args, prefix.data(), numbers(out));
+        },
+        release());
+    m.def(
+        "pcb_extremes",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, uintptr_t out) {
+            Inputs inputs(base, subtract, tensors, numel, fastmerge::kFloat32);
+            fastmerge::cpu::pcb_extremes(inputs.models, floats(out));
+        },
+        release());
+    m.def(
+        "pcb_sums",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, const PcbRule& rule,
+           uintptr_t out) {
+            PcbInputs inputs(base, subtract, tensors, numel, rule, false);
+            need(rule.variant == fastmerge::kPcbPaper, "only the paper's formula has sums");
+            fastmerge::cpu::pcb_sums(inputs.args, numbers(out));
+        },
+        release());
+    m.def(
+        "pcb_apply",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, const PcbRule& rule,
+           const std::vector<float>& weights, const Ref& out, uintptr_t scale) {
+            PcbInputs inputs(base, subtract, tensors, numel, rule);
+            need(rule.thresholds != 0, "the rule lacks thresholds");
+            need(weights.size() == tensors.size(), "one weight per model is needed");
+            Array target = array(out);
+            PcbApplyArgs call{};
+            call.scores = inputs.args;
+            call.weights = weights.data();
+            call.out = reinterpret_cast<void*>(out.first);
+            call.out_dtype = target.dtype;
+            call.scale = floats(scale);
+            fastmerge::cpu::pcb_apply(call);
+        },
+        release());
+    m.def(
+        "function",
+        [](int which, uintptr_t x, int64_t count, uintptr_t out) {
+            fastmerge::cpu::function(which, floats(x), count, floats(out));
+        },
+        release(), "exp (0) or tanh (1) of float32 values.");
     m.def(
         "random_words",
         [](uint64_t seed, uint64_t tensor_id, uint32_t stream, uint64_t first, int64_t count, uintptr_t out) {

@@ -43,6 +43,17 @@ void kept_masks(const Models& models, Rule rule, uint8_t* masks);  // [n, ceil(n
 // consensus
 void consensus_apply(ConsensusArgs args);
 
+// PCB-Merging; see fastmerge/reference/pcb.py
+void pcb_scores(const PcbArgs& args, float* out);  // [n, numel]
+void pcb_window(const PcbArgs& args, const int64_t* low, int64_t width, int64_t* counts, int64_t* highest);
+void pcb_histogram(const PcbArgs& args, const int64_t* prefix, int64_t* out);  // [n, 65536], zero beforehand
+void pcb_extremes(const Models& models, float* out);                           // [pairs, 2]
+void pcb_sums(const PcbArgs& args, int64_t* out);                              // [n + pairs, 12]
+void pcb_apply(const PcbApplyArgs& args);
+
+// exp (0) or tanh (1) of float32 values.
+void function(int32_t which, const float* x, int64_t count, float* out);
+
 // The random words of elements first .. first + count - 1 of a stream.
 void random_words(Stream stream, uint64_t first, int64_t count, uint32_t* out);
 

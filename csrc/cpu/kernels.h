@@ -66,6 +66,33 @@ struct ConsensusArgs {
     int32_t out_dtype;
 };
 
+// What the sweeps of PCB-Merging need; each needs a part. `models.compute` is float32.
+struct PcbArgs {
+    Models models;
+    int32_t variant;
+    const float* clip;        // [n, 2]
+    const float* extremes;    // [pairs, 2]
+    const float* means;       // [n + pairs]
+    const float* thresholds;  // [n, 2]
+};
+
+// Keys from low[i] on are counted one by one; counts are shared by the threads, `above` and `highest` are not.
+struct PcbWindow {
+    const int64_t* low;  // [n]
+    int64_t width;
+    int64_t* counts;    // [n, 1 + width]; nothing is written to counts[i, 0]
+    int64_t* above;     // [n] keys past the window
+    uint32_t* highest;  // [n]
+};
+
+struct PcbApplyArgs {
+    PcbArgs scores;
+    const float* weights;
+    void* out;
+    int32_t out_dtype;
+    float* scale;  // [n, numel], or nullptr
+};
+
 // Sums of one model over a range, as limbs.
 struct MassSums {
     uint64_t all[12];
@@ -95,6 +122,18 @@ struct Kernels {
 
     // consensus
     void (*consensus)(const ConsensusArgs* args, int64_t begin, int64_t end, void* scratch);
+
+    // PCB-Merging. Scores go to out[i * stride ..]; ordered_extremes holds [pairs, 2] ordered bits; limbs hold
+    // [n + pairs, 12], carried when the kernel returns.
+    size_t (*pcb_scratch)(int32_t models);
+    void (*pcb_scores)(const PcbArgs* args, int64_t begin, int64_t end, void* scratch, float* out, int64_t stride);
+    void (*pcb_window)(const PcbArgs* args, int64_t begin, int64_t end, void* scratch, const PcbWindow* window);
+    void (*pcb_extremes)(const Models* models, int64_t begin, int64_t end, void* scratch, int32_t* ordered_extremes);
+    void (*pcb_sums)(const PcbArgs* args, int64_t begin, int64_t end, void* scratch, uint64_t* limbs);
+    void (*pcb_apply)(const PcbApplyArgs* args, int64_t begin, int64_t end, void* scratch);
+
+    // exp (0) or tanh (1) of float32 values, for tests and benchmarks
+    void (*function)(int32_t which, const float* x, int64_t count, float* out);
 
     // the generator alone, for tests and benchmarks
     void (*words)(Stream stream, uint64_t first, int64_t count, uint32_t* out);

@@ -12,7 +12,7 @@ import torch
 
 from .. import _cpu
 from ..errors import BackendError
-from .rule import L1_LIMBS, TIE_BLOCK, SparsifyRule
+from .rule import L1_LIMBS, TIE_BLOCK, PcbRule, SparsifyRule
 from .threads import default_threads
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -20,6 +20,8 @@ _METHODS = {"none": 0, "band": 1, "bernoulli": 2, "della": 3, "mask": 4}
 _ELECTIONS = {"none": 0, "weighted": 1, "total": 2, "frequency": 3}
 _DIVISORS = {"none": 0, "weights": 1, "count": 2, "value": 3}
 _ZERO_SIGNS = {"positive": 1.0, "negative": -1.0, "zero": 0.0}
+_PCB_VARIANTS = {"script": 0, "nlp": 0, "vision": 1, "vision_es": 2, "paper": 3}
+_FUNCTIONS = {"exp": 0, "tanh": 1}
 
 _Ref = tuple[int, int]
 _NOTHING: _Ref = (0, 0)
@@ -212,6 +214,82 @@ def consensus_apply(
         lambda_,
         _ref(out),
     )
+
+
+def _pcb_inputs(base: torch.Tensor | None, tensors: list[torch.Tensor]) -> tuple[_Ref, bool, list[_Ref], int]:
+    return _inputs(base, tensors, torch.float32)[:4]
+
+
+def _pcb_rule(rule: PcbRule) -> _cpu.PcbRule:
+    parts = (rule.clip, rule.extremes, rule.means, rule.thresholds)
+    return _cpu.PcbRule(_PCB_VARIANTS[rule.variant], *(0 if part is None else part.data_ptr() for part in parts))
+
+
+def _pairs(models: int) -> int:
+    return models * (models + 1) // 2
+
+
+def pcb_scores(base: torch.Tensor | None, tensors: list[torch.Tensor], rule: PcbRule) -> torch.Tensor:
+    """Competition scores; see `fastmerge.ops.pcb_scores`."""
+    out = torch.empty(len(tensors), tensors[0].numel(), dtype=torch.float32)
+    _cpu.pcb_scores(*_pcb_inputs(base, tensors), _pcb_rule(rule), out.data_ptr())
+    return out
+
+
+def pcb_window_(
+    base: torch.Tensor | None,
+    tensors: list[torch.Tensor],
+    rule: PcbRule,
+    low: list[int],
+    counts: torch.Tensor,
+    highest: torch.Tensor,
+) -> None:
+    """Count scores past and inside a window of keys; see `fastmerge.ops.pcb_window_`."""
+    window = low, counts.shape[1] - 1, counts.data_ptr(), highest.data_ptr()
+    _cpu.pcb_window(*_pcb_inputs(base, tensors), _pcb_rule(rule), *window)
+
+
+def pcb_histogram(
+    base: torch.Tensor | None, tensors: list[torch.Tensor], rule: PcbRule, prefix: list[int]
+) -> torch.Tensor:
+    """Counts of the high or the low half of score keys; see `fastmerge.ops.pcb_histogram`."""
+    out = torch.zeros(len(tensors), 65536, dtype=torch.int64)
+    _cpu.pcb_histogram(*_pcb_inputs(base, tensors), _pcb_rule(rule), prefix, out.data_ptr())
+    return out
+
+
+def pcb_extremes(base: torch.Tensor | None, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The least and the greatest product of each pair of deltas; see `fastmerge.ops.pcb_extremes`."""
+    out = torch.empty(_pairs(len(tensors)), 2, dtype=torch.float32)
+    _cpu.pcb_extremes(*_pcb_inputs(base, tensors), out.data_ptr())
+    return out
+
+
+def pcb_sums(base: torch.Tensor | None, tensors: list[torch.Tensor], rule: PcbRule) -> torch.Tensor:
+    """Exact sums of the exponentials that scores are divided by; see `fastmerge.ops.pcb_sums`."""
+    out = torch.empty(len(tensors) + _pairs(len(tensors)), L1_LIMBS, dtype=torch.int64)
+    _cpu.pcb_sums(*_pcb_inputs(base, tensors), _pcb_rule(rule), out.data_ptr())
+    return out
+
+
+def pcb_apply(
+    base: torch.Tensor | None,
+    tensors: list[torch.Tensor],
+    rule: PcbRule,
+    weights: list[float],
+    out: torch.Tensor,
+    scale: torch.Tensor | None,
+) -> None:
+    """The merge of one chunk into `out`, and the shares into `scale`; see `fastmerge.ops.pcb_apply`."""
+    target = 0 if scale is None else scale.data_ptr()
+    _cpu.pcb_apply(*_pcb_inputs(base, tensors), _pcb_rule(rule), weights, _ref(out), target)
+
+
+def functions(x: torch.Tensor, which: str) -> torch.Tensor:
+    """`which` ("exp" or "tanh") of contiguous float32 values, as the scores have it."""
+    out = torch.empty_like(x)
+    _cpu.function(_FUNCTIONS[which], x.data_ptr(), x.numel(), out.data_ptr())
+    return out
 
 
 def count_nonfinite(x: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from ..reference.consensus import consensus_apply
+from ..reference.pcb import (
+    pcb_apply,
+    pcb_extremes,
+    pcb_histogram,
+    pcb_scores,
+    pcb_sums,
+    pcb_window_,
+    score_keys,
+)
 from ..reference.select import (
     abs_histogram,
     hashed_mask,
@@ -26,6 +35,13 @@ __all__ = [
     "kth_magnitude",
     "l1_sums",
     "magnitude_bounds",
+    "pcb_apply",
+    "pcb_extremes",
+    "pcb_histogram",
+    "pcb_scores",
+    "pcb_sums",
+    "pcb_window_",
+    "score_keys",
     "tie_counts",
     "topk_mask",
     "zero_nonfinite_",

@@ -39,3 +39,23 @@ class SparsifyRule:
     positions: list[int] = field(default_factory=list)
     offset: int = 0
     masks: torch.Tensor | None = None
+
+
+PcbVariant = Literal["script", "nlp", "vision", "vision_es", "paper"]
+
+
+@dataclass(frozen=True)
+class PcbRule:
+    """How the competition scores of n models are made, and what the sweeps before have found; each sweep needs a part.
+
+    variant: which of PCB-Merging's formulas. clip: float32[n, 2], the least and the greatest magnitude of each row's
+        deltas after clipping (not `paper`). extremes: float32[n (n + 1) / 2, 2], the least and the greatest product of
+        each pair of rows, and means: float32[n + n (n + 1) / 2], the means of the exponentials (`paper`). thresholds:
+        float32[n, 2], the score at which each row begins to be kept, and its highest score.
+    """
+
+    variant: PcbVariant = "vision_es"
+    clip: torch.Tensor | None = None
+    extremes: torch.Tensor | None = None
+    means: torch.Tensor | None = None
+    thresholds: torch.Tensor | None = None

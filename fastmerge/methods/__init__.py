@@ -21,6 +21,7 @@ from fastmerge.methods.parameters import (
     unknown_parameter,
 )
 from fastmerge.methods.parameters import bind as _bind
+from fastmerge.methods.pcb import Pcb
 from fastmerge.methods.task_arithmetic import TaskArithmetic
 from fastmerge.methods.ties import Ties
 
@@ -38,6 +39,7 @@ _METHODS: dict[str, type[Method]] = {
         BreadcrumbsTies,
         Della,
         DellaLinear,
+        Pcb,
     )
 }
 

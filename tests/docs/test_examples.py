@@ -17,7 +17,7 @@ SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 
 
 def test_there_are_examples() -> None:
-    assert {path.name for path in CONFIGS} == {"dare_ties.yml", "gradient.yml", "ties.yml"}
+    assert {path.name for path in CONFIGS} == {"dare_ties.yml", "gradient.yml", "pcb.yml", "ties.yml"}
     assert {path.name for path in SCRIPTS} == {"merge_in_memory.py", "ops_tour.py"}
 
 

@@ -22,6 +22,9 @@ CONSENSUS = {"ties", "dare_ties", "breadcrumbs_ties", "della"}
 NORMALIZED = {"linear", "ties", "della"}
 RESCALED = {"dare_linear", "dare_ties", "della", "della_linear"}
 
+FORMULA = [name for name in fastmerge.methods.names() if name != "pcb"]
+"""Those of the one formula. pcb has its own, in tests/ops/test_pcb.py."""
+
 Mask = Callable[[Tensor, int], Tensor]
 
 
@@ -128,7 +131,7 @@ SHAPES = [(), (1,), (301,), (40, 120), (5, 14, 22)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("method", fastmerge.methods.names())
+@pytest.mark.parametrize("method", FORMULA)
 def test_the_method_is_its_formula(method: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     base, tuned = family(3, dtype, {NAME: shape})
     result = fastmerge.merge(tuned, base=base if method != "linear" else None, method=method, weight=WEIGHTS, seed=11,
@@ -137,7 +140,7 @@ def test_the_method_is_its_formula(method: str, dtype: torch.dtype, shape: tuple
     assert_bitwise_equal(result[NAME], expected(method, base[NAME], [one[NAME] for one in tuned], mask))
 
 
-@pytest.mark.parametrize("method", [name for name in fastmerge.methods.names() if name != "linear"])
+@pytest.mark.parametrize("method", [name for name in FORMULA if name != "linear"])
 def test_density_1_keeps_the_deltas_untouched_and_lambda_scales_them(method: str) -> None:
     base, tuned = family(3, torch.float32, {NAME: (33, 20)})
     result = fastmerge.merge(tuned, base=base, method=method, weight=WEIGHTS, density=1.0, lambda_=0.3)

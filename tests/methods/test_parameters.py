@@ -18,13 +18,14 @@ BASE, TUNED = family(2)
 DEFAULTS = {
     "linear": {"normalize": True},
     "task_arithmetic": {"normalize": False, "rescale": False},
-    "ties": {"normalize": True, "rescale": False},
+    "ties": {"normalize": True, "rescale": False, "scope": "tensor"},
     "dare_linear": {"normalize": False, "rescale": True},
     "dare_ties": {"normalize": False, "rescale": True},
-    "breadcrumbs": {"normalize": False, "rescale": False, "gamma": 0.01},
-    "breadcrumbs_ties": {"normalize": False, "rescale": False, "gamma": 0.01},
+    "breadcrumbs": {"normalize": False, "rescale": False, "gamma": 0.01, "scope": "tensor"},
+    "breadcrumbs_ties": {"normalize": False, "rescale": False, "gamma": 0.01, "scope": "tensor"},
     "della": {"normalize": True, "rescale": True, "epsilon": 0.15},
     "della_linear": {"normalize": False, "rescale": True, "epsilon": 0.15},
+    "pcb": {"variant": "vision_es", "scope": "model", "density": 0.1, "lambda": 1.0},
 }
 
 
@@ -37,11 +38,12 @@ def test_a_description_says_everything_and_is_json(name: str) -> None:
     said = json.loads(json.dumps(methods.describe(name)))
     assert said["name"] == name and said["title"] and said["source"].startswith("https://") and said["passes"]
     by_name = {parameter["name"]: parameter for parameter in said["parameters"]}
-    assert by_name["weight"]["required"] and by_name["weight"]["per_model"]
+    assert by_name["weight"]["required"] == (name != "pcb") and by_name["weight"]["per_model"]
     assert all(parameter["help"] and parameter["range"] for parameter in said["parameters"])
     expected: dict[str, Any] = dict(DEFAULTS[name])
-    if name != "linear":
+    if name not in ("linear", "pcb"):
         expected |= {"density": 1.0, "lambda": 1.0, "int8_mask": False}
+    if name != "linear":
         assert by_name["lambda"]["python_name"] == "lambda_"
         assert by_name["density"]["range"] == "from 0 to 1"
     assert {key: by_name[key]["default"] for key in by_name if key != "weight"} == expected

@@ -44,6 +44,15 @@ def merge_arguments(models: list[Tensor], method: str = "band") -> tuple[Any, ..
     return (base, others, [0.5, 1.5], "models", *rule, [1.0, 2.0], "weighted", "positive", "weights", 1.0, 0.7, f32)
 
 
+def pcb_arguments(variant: str, models: int) -> tuple[Any, ...]:
+    """A rule of this variant with all its parts, flat."""
+    pairs = models * (models + 1) // 2
+    thresholds = torch.tensor([[0.01, 0.5]] * models)
+    if variant != "paper":
+        return variant, torch.tensor([[0.1, 2.0]] * models), None, None, thresholds
+    return variant, None, torch.tensor([[-4.0, 4.0]] * pairs), torch.ones(models + pairs), thresholds
+
+
 def samples(seed: int, rows: int, backend: str) -> list[tuple[str, tuple[Any, ...]]]:
     """One call of each op; all but the mutating ones come first."""
     models = random_models(seed, rows)
@@ -67,11 +76,27 @@ def samples(seed: int, rows: int, backend: str) -> list[tuple[str, tuple[Any, ..
         ("consensus_apply", (*merge_arguments(models, "mask"), torch.float32, backend)),
         ("consensus_apply_out", (*merge_arguments(models), torch.empty(rows, 8), backend)),
         ("zero_nonfinite_", (base.clone(), backend)),
+        ("pcb_scores", (base, others, *pcb_arguments("vision_es", 2), backend)),
+        ("pcb_window_", (base, others, *pcb_arguments("nlp", 2), [0, 1 << 31], *pcb_counts(2, 9), backend)),
+        ("pcb_histogram", (None, models, *pcb_arguments("paper", 3), [-1, 0x8012, 0xBF80], backend)),
+        ("pcb_extremes", (base, others, backend)),
+        ("pcb_sums", (base, others, *pcb_arguments("paper", 2), backend)),
+        ("pcb_apply", (base, others, *pcb_arguments("script", 2), [1.0, 0.5], torch.bfloat16, backend)),
+        ("pcb_apply_out", (base, others, *pcb_arguments("vision", 2), [1.0, 0.5], torch.empty(rows, 8), None, backend)),
+        ("pcb_apply_out", (None, models, *pcb_arguments("paper", 3), [1.0] * 3, *pcb_targets(models), backend)),
     ]
 
 
+def pcb_counts(models: int, width: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(models, width, dtype=torch.int64), torch.zeros(models, dtype=torch.int64)
+
+
+def pcb_targets(models: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.empty(models[0].shape), torch.empty(len(models), models[0].numel())
+
+
 @each_working_backend
-@pytest.mark.parametrize("number", range(17))
+@pytest.mark.parametrize("number", range(25))
 def test_opcheck(number: int, backend: str) -> None:
     name, arguments = samples(0, 5, backend)[number]
     torch.library.opcheck(op(name), arguments)
@@ -96,7 +121,21 @@ def run_all(models: list[Tensor], backend: str) -> list[Tensor]:
     op("zero_nonfinite_")(changed, backend)
     counts = torch.zeros(2, 101, dtype=torch.int64)
     op("key_window_")(base, others, [1, 2], f32, counts, backend)
+    pcb_rule = pcb_arguments("vision_es", 2)
+    window, highest = pcb_counts(2, 100_001)
+    op("pcb_window_")(base, others, *pcb_rule, [0x80000000 - 50_000, 0x3F000000], window, highest, backend)
+    merged_by_pcb, scale = torch.empty(base.shape), torch.empty(2, base.numel())
+    op("pcb_apply_out")(base, others, *pcb_rule, [1.0, 0.5], merged_by_pcb, scale, backend)
     return [
+        window,
+        highest,
+        merged_by_pcb,
+        scale,
+        op("pcb_scores")(base, others, *pcb_rule, backend),
+        op("pcb_histogram")(base, others, *pcb_rule, [-1, 0xBF80], backend),
+        op("pcb_extremes")(base, others, backend),
+        op("pcb_sums")(base, others, *pcb_arguments("paper", 2), backend),
+        op("pcb_apply")(base, others, *pcb_arguments("script", 2), [1.0, 0.5], torch.bfloat16, backend),
         op("abs_histogram")(models, 256, backend),
         op("kth_magnitude")(models, 7, backend),
         op("key_histogram")(base, others, [-1, -1], f32, backend),

@@ -251,6 +251,7 @@ extern "C" const fastmerge::cpu::Kernels* FASTMERGE_TABLE() {
     table.name = FASTMERGE_TARGET_NAME;
     fastmerge::fill_select(table);
     fastmerge::fill_sparsify(table);
+    fastmerge::fill_pcb(table);
     fastmerge::fill_consensus(table);
     return &table;
 }

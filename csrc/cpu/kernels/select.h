@@ -62,6 +62,7 @@ inline void band_keep(BandCursor& cursor, int count, const float* __restrict del
 
 void fill_select(cpu::Kernels& table);
 void fill_sparsify(cpu::Kernels& table);
+void fill_pcb(cpu::Kernels& table);
 void fill_consensus(cpu::Kernels& table);
 
 FM_NAMESPACE_END
