@@ -32,9 +32,9 @@ offsets = st.one_of(st.integers(0, 9), st.integers(2**34 - 40, 2**34 + 3), st.in
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> tuple[int, ...]:
-    """Mostly small and odd, sometimes empty or without dimensions, now and then several tie blocks."""
-    kind = draw(st.integers(0, 39))
+def shapes(draw: st.DrawFn, blocks: bool = True) -> tuple[int, ...]:
+    """Mostly small and odd, sometimes empty or without dimensions, with `blocks` now and then several tie blocks."""
+    kind = draw(st.integers(0, 39 if blocks else 37))
     side = st.integers(1, 13)
     if kind < 12:
         return (draw(st.integers(1, 70)),)
@@ -117,9 +117,9 @@ class Models:
 
 
 @st.composite
-def models(draw: st.DrawFn, most: int = 4) -> Models:
+def models(draw: st.DrawFn, most: int = 4, blocks: bool = True) -> Models:
     """1 to `most` models: fine-tuned (close to the base, deltas full of ties and zeros) or unrelated to it."""
-    shape = draw(shapes())
+    shape = draw(shapes(blocks))
     count = draw(st.integers(1, most))
     base = draw(st.one_of(tensors(shape=shape), st.none()))
     close = base is not None and draw(st.booleans())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,9 +150,11 @@ class Load:
             return [(self.start, self.numel)]
         run = min(self.run, self.numel)
         stride = self.job.numel // (self.numel // run)
-        # Scattered within its stride, lest the runs line up with the rows of a matrix.
+        # Scattered within its stride, lest the runs line up with the rows of a matrix; elsewhere in each tensor, lest
+        # tensors that are alike are all seen in the same places.
+        salt = zlib.crc32(self.job.name.encode())
         runs = [
-            (i * stride + ((i * 2654435761 & 0xFFFFFFFF) * (stride - run + 1) >> 32), run)
+            (i * stride + (((i + salt) * 2654435761 & 0xFFFFFFFF) * (stride - run + 1) >> 32), run)
             for i in range(self.numel // run)
         ]
         return runs if self.numel % run == 0 else [*runs, (0, self.numel % run)]

@@ -305,3 +305,16 @@ def test_a_sample_has_a_share_of_every_tensor() -> None:
     for sample in samples:
         assert sum(count for _, count in sample.spans) == sample.numel
         assert all(first >= 0 and first + count <= sample.job.numel for first, count in sample.spans)
+
+
+def test_tensors_of_one_shape_are_sampled_in_different_places() -> None:
+    base, tuned = family(shapes={"a": (3000, 4000), "b": (3000, 4000)})
+    plan = make_plan(
+        fastmerge.methods.get("pcb"),
+        StateDictSource("base", base),
+        [StateDictSource(str(index), one) for index, one in enumerate(tuned)],
+        lambda name: ({}, [{}] * len(tuned)),
+        budget=1 << 62,
+    )
+    one, other = ({first for first, _ in load.spans} for load in plan.loads() if load.sample)
+    assert len(one) > 1000 and len(one & other) < 10
