@@ -18,9 +18,13 @@ from ..errors import BackendError
 ENVIRONMENT_VARIABLE = "FASTMERGE_BACKEND"
 
 # In the order in which "auto" prefers them.
-_NAMES = ("cpu", "reference")
-_DEVICES = {"cpu": ("cpu",), "reference": ("cpu",)}
-_MISSING_HINT = {"cpu": "build it with a C++ compiler at hand: `pip install .` in the sources"}
+_NAMES = ("triton", "cpu", "reference")
+# The devices for which "auto" takes them. A backend's own DEVICES may be more: by name it takes those, too.
+_DEVICES = {"triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
+_MISSING_HINT = {
+    "cpu": "build it with a C++ compiler at hand: `pip install .` in the sources",
+    "triton": "it comes with torch for GPUs, or by `pip install triton`",
+}
 
 _loaded: dict[str, ModuleType | str] = {}
 _misconfigured: set[str] = set()
@@ -42,9 +46,9 @@ def _load(name: str) -> ModuleType | str:
             _misconfigured.add(name)
         except Exception as error:
             # Whatever else is wrong with one backend must not reach the others.
-            hint = _MISSING_HINT.get(name)
             sentence = f"{type(error).__name__}: {error}"
-            _loaded[name] = f"{sentence} ({hint})" if hint else sentence
+            missing_module = isinstance(error, ImportError) and error.name
+            _loaded[name] = f"{sentence} ({_MISSING_HINT[name]})" if missing_module else sentence
     return _loaded[name]
 
 
@@ -83,11 +87,14 @@ def resolve(name: str | None = None, device: torch.device | str | None = None) -
                     raise BackendError(found)
         raise BackendError(f"no backend works on device {kind!r}; move the tensors to the CPU with .cpu()")
     _check_known(name, source)
-    if kind not in _DEVICES[name]:
-        raise BackendError(f"{source}={name!r} does not work on device {kind!r}; move the tensors with .cpu() first")
     found = _load(name)
     if isinstance(found, str):
         raise BackendError(f"{source}={name!r} was asked for but does not work here: {found}")
+    allowed = getattr(found, "DEVICES", _DEVICES[name])
+    if kind not in allowed:
+        raise BackendError(
+            f"{source}={name!r} does not work on device {kind!r}; move the tensors to {' or '.join(allowed)} first"
+        )
     return found
 
 

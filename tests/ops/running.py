@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 from hypothesis import strategies as st
 
 from fastmerge import backends
+
+BLOCK_VARIABLE = "FASTMERGE_TRITON_BLOCK"
 
 FAST = [name for name, missing in backends.available().items() if missing is None and name != "reference"]
 
@@ -41,8 +44,10 @@ def only(backend: str, function: str) -> Iterator[None]:
 
 @st.composite
 def configurations(draw: st.DrawFn, backend: str) -> None:
-    """Put a backend into one of the states that may not show in its results: instruction sets, numbers of threads."""
+    """Put a backend into one of the states that may not show in its results: instruction sets, threads, tile sizes."""
     module = backends.resolve(backend)
+    if backend == "triton":
+        os.environ[BLOCK_VARIABLE] = str(draw(st.sampled_from((128, 512, 2048))))
     if hasattr(module, "set_isa"):
         module.set_isa(draw(st.sampled_from(module.isas())))
     if hasattr(module, "set_threads"):
@@ -55,6 +60,7 @@ def restored(backend: str) -> Iterator[None]:
     module = backends.resolve(backend)
     isa = module.isa() if hasattr(module, "isa") else None
     yield
+    os.environ.pop(BLOCK_VARIABLE, None)
     if isa is not None:
         module.set_isa(isa)
         module.set_threads(None)
