@@ -1,7 +1,8 @@
 """Who may know whom: every import and every #include stays within its layer or goes down.
 
 Python: backends <- ops <- methods <- engine <- everything else. ``reference`` knows only torch and is known only to
-backends, as are the compiled modules. Nothing below the engine knows a file.
+backends, as are the compiled modules and the kernels in Triton, which know only Triton. Nothing below the engine knows a
+file.
 C++: include <- cpu <- bindings; the Torch and Python headers appear in bindings only.
 """
 
@@ -28,19 +29,41 @@ FOREIGN_HEADER = re.compile(r"^(torch|ATen|c10|pybind11|numpy)/|^(Python|pybind1
 
 def problems(root: Path = ROOT) -> list[str]:
     """Every import and include that points the wrong way."""
-    return [*python_problems(root / PACKAGE), *cpp_problems(root / "csrc")]
+    return [
+        *python_problems(root / PACKAGE),
+        *triton_problems(root / "triton_kernels"),
+        *cpp_problems(root / "csrc"),
+    ]
 
 
 def python_problems(package: Path) -> list[str]:
     """The wrong imports of the modules in ``package``."""
     found = []
     for path in sorted(package.rglob("*.py")):
+        if path.is_relative_to(package / "_triton"):  # a link, which is looked at under its own name
+            continue
         module = path.relative_to(package).with_suffix("").parts
         layer = _layer(module)
         for line, target in _imports(ast.parse(path.read_text()), module):
             reason = _objection(layer, target)
             if reason:
                 found.append(f"{path.relative_to(package.parent)}:{line}: imports {target}: {reason}")
+    return found
+
+
+def triton_problems(kernels: Path) -> list[str]:
+    """The imports of the kernels in Triton that are neither Triton nor one another."""
+    found = []
+    for path in sorted(kernels.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level != 1:
+                names = [node.module or "what is above them"]
+            for name in names:
+                if name.split(".")[0] != "triton":
+                    where = f"{path.relative_to(kernels.parent)}:{node.lineno}"
+                    found.append(f"{where}: imports {name}: kernels know only Triton")
     return found
 
 

@@ -102,3 +102,12 @@ def test_an_include_upwards_is_found(tmp_path, where, include):
 )
 def test_an_include_downwards_is_fine(tmp_path, where, include):
     assert cpp(tmp_path, where, include) == []
+
+
+@pytest.mark.parametrize("code", ["import torch", "from ..errors import BackendError", "from numpy import array"])
+def test_kernels_in_triton_know_only_triton(tmp_path, code):
+    kernels = tmp_path / "triton_kernels"
+    kernels.mkdir()
+    (kernels / "select.py").write_text(f"import triton.language as tl\nfrom . import numbers\n{code}\n")
+    (problem,) = layers.triton_problems(kernels)
+    assert problem.startswith("triton_kernels/select.py:3: ")

@@ -7,7 +7,6 @@ for the GPU, and the current stream is the one that is used. FASTMERGE_TRITON_BL
 from __future__ import annotations
 
 import os
-import shutil
 
 import torch
 
@@ -25,9 +24,12 @@ def _check_usable() -> None:
         raise ImportError(
             "no GPU that this torch can use; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly"
         )
-    compilers = [os.environ.get("CC"), "gcc", "clang", "cc"]
-    if not any(name and shutil.which(name) for name in compilers):
+    if not os.environ.get("CC") and not any(_is_program(name) for name in ("gcc", "clang", "cc")):
         raise ImportError("no C compiler, with which Triton builds its launcher; install gcc, or set CC")
+
+
+def _is_program(name: str) -> bool:
+    return any(os.access(os.path.join(folder, name), os.X_OK) for folder in os.get_exec_path())
 
 
 _check_usable()
