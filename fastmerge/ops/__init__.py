@@ -4,28 +4,21 @@ from __future__ import annotations
 
 from ..backends.rule import L1_LIMBS, TIE_BLOCK, PcbRule, SparsifyRule
 from ._exact import l1_mass, l1_scale, tensor_id
-from .consensus import consensus_apply, consensus_merge, total_divisor, weight_sum
-from .pcb import (
+from ._score_keys import (
     choose_window,
     highest_bin,
-    pcb_apply,
-    pcb_bounds,
-    pcb_extremes,
-    pcb_histogram,
     pcb_means,
-    pcb_merge,
     pcb_ranks,
-    pcb_rule,
-    pcb_scores,
-    pcb_sums,
     pcb_thresholds,
-    pcb_window_,
     score_bound,
     score_bound_in_window,
     score_keys,
     score_of_key,
     score_prefix,
 )
+from .consensus import consensus_apply, consensus_merge, total_divisor, weight_sum
+from .pcb import pcb_apply, pcb_extremes, pcb_histogram, pcb_scores, pcb_sums, pcb_window_
+from .pcb_rows import pcb_bounds, pcb_merge, pcb_rule
 from .select import (
     abs_histogram,
     bound,

@@ -68,6 +68,11 @@ def fraction(argument: str, value: Any) -> float:
     return number
 
 
+def fractions(argument: str, value: Any, models: int) -> list[float]:
+    """One fraction for all models or one for each, as a list with one for each."""
+    return [fraction(argument, each) for each in per_model(argument, value, models)]
+
+
 def tensor(argument: str, value: Any) -> Tensor:
     """`value`, which must be a dense floating-point CPU tensor, detached from autograd; float64 is allowed."""
     if not isinstance(value, Tensor):
@@ -171,6 +176,35 @@ def out_tensor(value: Any, dtype: torch.dtype | None) -> None:
         raise ArgumentTypeError("out has dtype float64, which kernels do not write; leave it out or use float32.")
     if dtype is not None and value.dtype != dtype:
         raise ArgumentTypeError(f"out has dtype {value.dtype}, but out_dtype is {dtype}; make them equal.")
+
+
+def kernel_out_dtype(value: torch.dtype) -> None:
+    """A dtype that kernels can write."""
+    if value not in KERNEL_DTYPES:
+        raise ArgumentTypeError(f"out_dtype={value} cannot be written; use float32, bfloat16 or float16.")
+
+
+def target(argument: str, value: Tensor, shape: Sequence[int], inputs: Iterable[Tensor]) -> None:
+    """A tensor that a kernel may write: of this shape, contiguous, and in memory of its own."""
+    kernel_inputs(argument, [value])
+    if value.shape != tuple(shape):
+        raise ArgumentError(
+            f"{argument} has shape {list(value.shape)}, but the result has {list(shape)}; allocate it like that."
+        )
+    if not value.is_contiguous():
+        raise ArgumentError(f"{argument} is not contiguous; pass a tensor made by torch.empty(shape).")
+    start, stop = value.data_ptr(), value.data_ptr() + value.nbytes
+    for x in inputs:
+        if x.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() and _touches(x, start, stop):
+            raise ArgumentError(f"{argument} overlaps an input in memory; pass a tensor of its own.")
+
+
+def _touches(x: Tensor, start: int, stop: int) -> bool:
+    """Whether the bytes from x's first to its last element meet [start, stop)."""
+    if x.numel() == 0:
+        return False
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    return bool(x.data_ptr() < stop and start < x.data_ptr() + span * x.element_size())
 
 
 def compute_dtype(argument: str, value: Any) -> torch.dtype:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.rule import SparsifyRule
-from ..errors import ArgumentError, ArgumentTypeError
 from . import _checks, select, sparsify
 from ._exact import l1_scale
 from ._library import define
@@ -68,7 +67,7 @@ def _run(
 def _consensus_apply(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> Tensor:
     *arguments, out_dtype, backend = rest
     _checks.kernel_inputs("tensors", tensors)
-    _check_out_dtype(out_dtype)
+    _checks.kernel_out_dtype(out_dtype)
     out = torch.empty(tensors[0].shape, dtype=out_dtype, device=tensors[0].device)
     _run(out, base, tensors, *arguments, backend)
     return out
@@ -77,13 +76,8 @@ def _consensus_apply(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> 
 def _consensus_apply_fake(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> Tensor:
     sparsify.check_models(base, tensors)
     out_dtype = rest[-2]
-    _check_out_dtype(out_dtype)
+    _checks.kernel_out_dtype(out_dtype)
     return tensors[0].new_empty(tensors[0].shape, dtype=out_dtype)
-
-
-def _check_out_dtype(dtype: torch.dtype) -> None:
-    if dtype not in _checks.KERNEL_DTYPES:
-        raise ArgumentTypeError(f"out_dtype={dtype} cannot be written; use float32, bfloat16 or float16.")
 
 
 _consensus_apply_op = define(
@@ -96,26 +90,8 @@ _consensus_apply_op = define(
 def _consensus_apply_out(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> None:
     *arguments, out, backend = rest
     sparsify.check_models(base, tensors)
-    _checks.kernel_inputs("out", [out])
-    if out.shape != tensors[0].shape:
-        raise ArgumentError(
-            f"out has shape {list(out.shape)}, but the result has {list(tensors[0].shape)}; allocate it like that."
-        )
-    if not out.is_contiguous():
-        raise ArgumentError("out is not contiguous; pass a tensor made by torch.empty(shape).")
-    start, stop = out.data_ptr(), out.data_ptr() + out.nbytes
-    for x in tensors if base is None else (base, *tensors):
-        if x.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() and _touches(x, start, stop):
-            raise ArgumentError("out overlaps an input in memory; pass a tensor of its own.")
+    _checks.target("out", out, tensors[0].shape, tensors if base is None else (base, *tensors))
     _run(out, base, tensors, *arguments, backend)
-
-
-def _touches(x: Tensor, start: int, stop: int) -> bool:
-    """Whether the bytes from x's first to its last element meet [start, stop)."""
-    if x.numel() == 0:
-        return False
-    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
-    return bool(x.data_ptr() < stop and start < x.data_ptr() + span * x.element_size())
 
 
 def _consensus_apply_out_fake(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> None:

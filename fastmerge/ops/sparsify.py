@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -115,48 +115,34 @@ def check_models(base: Tensor | None, tensors: Sequence[Tensor]) -> None:
     _checks.same_shape(base, tensors)
 
 
-def _l1_sums(base: Tensor | None, tensors: list[Tensor], compute: torch.dtype, *rest: Any) -> Tensor:
-    *flat, backend = rest
-    check_models(base, tensors)
-    _checks.compute_dtype("compute", compute)
-    rule = checked_rule(flat, len(tensors), tensors[0].numel())
-    return backends.resolve(backend, tensors[0].device).l1_sums(
-        _checks.optional_contiguous(base), _checks.contiguous(tensors), rule, compute
+def _define_per_model(name: str, dtype: torch.dtype, shape: Callable[[Any], tuple[Any, ...]]) -> Callable[..., Any]:
+    """Register an op that sweeps a chunk under a rule.
+
+    name: the op's and that of the backends' kernel. dtype, shape: of what it returns for one model of so many elements.
+    """
+
+    def kernel(base: Tensor | None, tensors: list[Tensor], compute: torch.dtype, *rest: Any) -> Any:
+        *flat, backend = rest
+        check_models(base, tensors)
+        _checks.compute_dtype("compute", compute)
+        rule = checked_rule(flat, len(tensors), tensors[0].numel())
+        return getattr(backends.resolve(backend, tensors[0].device), name)(
+            _checks.optional_contiguous(base), _checks.contiguous(tensors), rule, compute
+        )
+
+    def fake(base: Tensor | None, tensors: list[Tensor], compute: torch.dtype, *rest: Any) -> Tensor:
+        check_models(base, tensors)
+        return tensors[0].new_empty((len(tensors), *shape(tensors[0].numel())), dtype=dtype)
+
+    return define(
+        f"{name}(Tensor? base, Tensor[] tensors, ScalarType compute, {RULE_SCHEMA}, str backend) -> Tensor",
+        kernel,
+        fake,
     )
 
 
-def _l1_sums_fake(base: Tensor | None, tensors: list[Tensor], compute: torch.dtype, *rest: Any) -> Tensor:
-    check_models(base, tensors)
-    return tensors[0].new_empty((len(tensors), 2, L1_LIMBS), dtype=torch.int64)
-
-
-_l1_sums_op = define(
-    f"l1_sums(Tensor? base, Tensor[] tensors, ScalarType compute, {RULE_SCHEMA}, str backend) -> Tensor",
-    _l1_sums,
-    _l1_sums_fake,
-)
-
-
-def _kept_masks(base: Tensor | None, tensors: list[Tensor], compute: torch.dtype, *rest: Any) -> Tensor:
-    *flat, backend = rest
-    check_models(base, tensors)
-    _checks.compute_dtype("compute", compute)
-    rule = checked_rule(flat, len(tensors), tensors[0].numel())
-    return backends.resolve(backend, tensors[0].device).kept_masks(
-        _checks.optional_contiguous(base), _checks.contiguous(tensors), rule, compute
-    )
-
-
-def _kept_masks_fake(base: Tensor | None, tensors: list[Tensor], compute: torch.dtype, *rest: Any) -> Tensor:
-    check_models(base, tensors)
-    return tensors[0].new_empty((len(tensors), mask_bytes(tensors[0].numel())), dtype=torch.uint8)
-
-
-_kept_masks_op = define(
-    f"kept_masks(Tensor? base, Tensor[] tensors, ScalarType compute, {RULE_SCHEMA}, str backend) -> Tensor",
-    _kept_masks,
-    _kept_masks_fake,
-)
+_l1_sums_op = _define_per_model("l1_sums", torch.int64, lambda numel: (2, L1_LIMBS))
+_kept_masks_op = _define_per_model("kept_masks", torch.uint8, lambda numel: (mask_bytes(numel),))
 
 
 def _count_nonfinite(x: Tensor, backend: str = "auto") -> Tensor:

@@ -313,7 +313,7 @@ def test_pieces_do_not_show(variant: str, backend: str) -> None:
     rows = 0.01 * torch.randn(2, 3000, generator=torch.Generator().manual_seed(6))
     arguments = {"variant": variant, "return_scale": True, "backend": backend}
     merged, scale = ops.pcb_merge(rows, **arguments)
-    with patch.object(ops.pcb, "_PIECE", 700):
+    with patch.object(ops.pcb_rows, "_PIECE", 700):
         for form in (rows, rows.double()):
             again, shares = ops.pcb_merge(form, **arguments)
             assert_bitwise_equal(again.float(), merged)
@@ -391,13 +391,13 @@ def long_rows(kind: str, count: int) -> Tensor:
 def test_thresholds_of_long_rows_are_exact(kind: str, width: str, backend: str) -> None:
     """Whether the window holds the threshold, does not, or is not even tried."""
     rows = long_rows(kind, 100_000)
-    missed = patch.object(ops.pcb, "choose_window", lambda runs, place, numel, most: (5, 9))
+    missed = patch.object(ops.pcb_rows, "choose_window", lambda runs, place, numel, most: (5, 9))
     changed = {
-        "as usual": patch.object(ops.pcb, "_FEW", 2048),
-        "wide": patch.object(ops.pcb, "_WINDOW_BLOCK", 1 << 22),
+        "as usual": patch.object(ops.pcb_rows, "_FEW", 2048),
+        "wide": patch.object(ops.pcb_rows, "WINDOW_BLOCK", 1 << 22),
         "narrow": missed,
     }[width]
-    with changed, patch.object(ops.pcb, "_PIECE", 30_000):
+    with changed, patch.object(ops.pcb_rows, "_PIECE", 30_000):
         rule = ops.pcb_rule(rows, density=[0.1, 0.01], backend=backend)
     scores = ops.pcb_scores(None, list(rows), rule, backend=backend).sort(dim=1).values
     for i, density in enumerate((0.1, 0.01)):
@@ -410,13 +410,13 @@ def test_one_sweep_is_enough_where_the_window_holds_the_threshold() -> None:
     sweeps: list[str] = []
 
     def watched(name: str) -> Callable[..., Any]:
-        original = getattr(ops.pcb, name)
+        original = getattr(ops.pcb_rows, name)
         return lambda *args, **kwargs: sweeps.append(name) or original(*args, **kwargs)
 
     with (
-        patch.object(ops.pcb, "_WINDOW_BLOCK", 1 << 22),
-        patch.object(ops.pcb, "pcb_window_", watched("pcb_window_")),
-        patch.object(ops.pcb, "pcb_histogram", watched("pcb_histogram")),
+        patch.object(ops.pcb_rows, "WINDOW_BLOCK", 1 << 22),
+        patch.object(ops.pcb_rows, "pcb_window_", watched("pcb_window_")),
+        patch.object(ops.pcb_rows, "pcb_histogram", watched("pcb_histogram")),
     ):
         ops.pcb_rule(rows, backend="reference")
     assert sweeps == ["pcb_window_"]
@@ -426,7 +426,7 @@ def test_a_sample_is_made_of_runs_from_everywhere() -> None:
     count = 1_000_003
     row = torch.arange(count, dtype=torch.float64).to(torch.float32)  # exact below 2**24
     cuts = [5, 64, 499_931, 0, 500_003]
-    rows = ops.pcb._rows([list(row.split(cuts)), list(row.neg().split(cuts))])
+    rows = ops.pcb_rows._rows([list(row.split(cuts)), list(row.neg().split(cuts))])
     base, (first, second) = rows.sample(1 << 16)
     assert base is None
     assert_bitwise_equal(second, first.neg())
