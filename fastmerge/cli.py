@@ -235,10 +235,12 @@ def _prepare_memory(models: list[str], memory_budget: str) -> None:
     from fastmerge.engine import fresh
     from fastmerge.sizes import parse_size
 
-    folders = [Path(model).expanduser() for model in models]
-    files = [file for folder in folders if folder.is_dir() for file in folder.glob("*.safetensors")]
-    stored = sum(file.stat().st_size for file in files if file.is_file())
-    fresh.prepare(min(stored, parse_size(memory_budget, name="--memory-budget") // 2))
+    folders = [Path(os.path.expanduser(model)) for model in models]
+    # What is wrong with a model's files is told, in a sentence, by the merge that opens them.
+    with contextlib.suppress(OSError):
+        files = [file for folder in folders if folder.is_dir() for file in folder.glob("*.safetensors")]
+        stored = sum(file.stat().st_size for file in files if file.is_file())
+        fresh.prepare(min(stored, parse_size(memory_budget, name="--memory-budget") // 2))
 
 
 def _plan(config: Path, out: Path, options: dict[str, Any], as_json: bool) -> str:

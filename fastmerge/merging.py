@@ -300,7 +300,13 @@ def _statistics_path(given: Path | str | None, out: Path | str | None) -> Path |
     """The file of statistics: the one that is named, or the one beside the output."""
     if given is not None:
         return Path(given).expanduser()
-    return None if out is None else Path(out).expanduser().absolute().with_suffix(Path(out).suffix + STATISTICS_SUFFIX)
+    if out is None:
+        return None
+    path = Path(out).expanduser().absolute()
+    if path.name == "..":
+        path = path.resolve()
+    # The root has no name, and nothing is beside it.
+    return path.with_name(path.name + STATISTICS_SUFFIX) if path.name else None
 
 
 def _with_statistics(

@@ -6,6 +6,7 @@ While one core imports torch, another can do that for the memory that the merge 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -50,20 +51,24 @@ def reserve(nbytes: int) -> mmap.mmap:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     memory = mmap.mmap(-1, nbytes, flags=flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        # A kernel that is built without large pages refuses; small ones do.
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
 def prepare(nbytes: int) -> None:
     """Begin to make up to READY_BYTES ready in the background; nothing where only one core may be used.
 
-    nbytes: as much as the merge can need.
+    nbytes: as much as the merge can need. Where the system gives no memory or no thread, a merge goes on without.
     """
     global _ready
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     nbytes = min(nbytes, READY_BYTES)
     if _ready is None and nbytes > _STEP and cores > 1:
-        _ready = _Ready(nbytes)
+        # RuntimeError is how Python says that no thread can be started.
+        with contextlib.suppress(OSError, MemoryError, RuntimeError):
+            _ready = _Ready(nbytes)
 
 
 def take(nbytes: int) -> mmap.mmap:

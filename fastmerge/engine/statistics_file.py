@@ -24,6 +24,9 @@ from fastmerge.methods.base import Statistic
 FORMAT = 1
 """Version of the file's layout and of what its numbers mean."""
 
+_MALFORMED = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What reading a file of another shape raises, here or where a statistic makes a tensor of what stands in it."""
+
 
 class StatisticsFile:
     """One such file, which may not exist yet."""
@@ -54,25 +57,25 @@ class StatisticsFile:
             reason = getattr(error, "strerror", None) or "it is no text"
             raise ArgumentError(f"{self.path} cannot be read ({reason}); name another file for statistics.") from None
         try:
-            content = json.loads(text)
-            stored, about, entries = content["inputs"], content["about"], list(content["statistics"])
-            if content["fastmerge_statistics"] != FORMAT:
-                return (
-                    {},
-                    f"{self.path} is of another version of fastmerge, so its statistics are found again.",
-                )
-        except (ValueError, KeyError, TypeError):
+            return self._known(json.loads(text), statistics)
+        except _MALFORMED:
             raise ArgumentError(
                 f"{self.path} is not a file of statistics; name another one, or remove it if it is not needed."
             ) from None
+
+    def _known(self, content: Any, statistics: Sequence[Statistic]) -> tuple[dict[str, Any], str | None]:
+        """As `read`, of the file's content; where that is something else, one of _MALFORMED is raised."""
+        stored, about, entries = content["inputs"], content["about"], list(content["statistics"])
+        if content["fastmerge_statistics"] != FORMAT:
+            return {}, f"{self.path} is of another version of fastmerge, so its statistics are found again."
         if about != self.about or stored != self.inputs:
             return {}, f"{self.path} is about {self._difference(stored)}, so its statistics are found again."
-        self.entries = entries
         known: dict[str, Any] = {}
         for statistic in statistics:
             for entry in entries:
-                if statistic.name not in known and _is_of(entry, statistic):
+                if _is_of(entry, statistic) and statistic.name not in known:
                     known[statistic.name] = statistic.load(entry["value"])
+        self.entries = entries
         return known, None
 
     def _difference(self, stored: Any) -> str:

@@ -13,6 +13,7 @@ from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fastmerge import cli
 from fastmerge.engine.report import PHASES
 from tests.cli.conftest import CONFIG
 from tests.cli.support import Run, command, process_environment, save_model
@@ -232,6 +233,17 @@ main()
 
 def wrapped(mode: str) -> list[str]:
     return [sys.executable, "-c", WRAPPED, mode, "merge", "merge.yml", "sub/out"]
+
+
+@pytest.mark.parametrize("refused", ["stat", "glob", "is_dir"])
+def test_files_that_vanish_while_memory_is_made_ready_are_the_merges_to_tell(
+    refused: str, family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(Path, refused, gone)
+    cli._prepare_memory([str(family / "base"), "~nobody-of-this-name/model"], "4GiB")
 
 
 def test_a_full_disk_is_one_sentence_and_code_1_and_leaves_nothing(family: Path) -> None:

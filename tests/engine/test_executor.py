@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import threading
 import time
@@ -439,6 +440,30 @@ def test_memory_made_ready_is_zero_and_lent_once(monkeypatch: pytest.MonkeyPatch
     assert fresh.take(1 << 20) is not ready
     fresh.prepare(9 << 20)
     assert len(fresh.take(10 << 20)) == 10 << 20
+
+
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [("mmap.mmap", OSError), ("mmap.mmap", MemoryError), ("threading.Thread.start", RuntimeError)],
+)
+def test_memory_that_cannot_be_made_ready_is_taken_later(
+    what: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error("no")
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"fastmerge.engine.fresh.{what}", refuse)
+        fresh.prepare(9 << 20)
+    assert fresh._ready is None and len(fresh.take(9 << 20)) == 9 << 20
+
+
+def test_a_system_without_large_pages_lends_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fresh.mmap, "MADV_HUGEPAGE", -1, raising=False)
+    with pytest.raises(OSError, match="Invalid argument"):
+        mmap.mmap(-1, 1 << 20).madvise(-1)
+    assert len(fresh.reserve(1 << 20)) == 1 << 20
 
 
 def test_small_loads_are_read_ahead_but_never_beyond_the_budget(

@@ -16,7 +16,7 @@ from fastmerge import ops
 from fastmerge.engine.plan import make_plan
 from fastmerge.engine.sources import StateDictSource
 from fastmerge.errors import ArgumentError, ConfigError
-from fastmerge.merging import merge_checkpoints, plan_checkpoints
+from fastmerge.merging import _statistics_path, merge_checkpoints, plan_checkpoints
 from fastmerge.methods import pcb_statistics
 from fastmerge.methods.parameters import ParameterError
 from tests.engine.small_family import Tensors, config_for, family, load, save_family
@@ -226,6 +226,59 @@ def test_what_is_no_file_of_statistics_is_refused_and_left_alone(paths: list[Pat
     assert kept.read_text() == '{"mine": 1}' and not (tmp_path / "out").exists()
     kept.write_text(json.dumps({"fastmerge_statistics": 0, "inputs": [], "about": {}, "statistics": []}))
     assert "version" in " ".join(merge_checkpoints(ties(paths), tmp_path / "out", statistics=kept).notes)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("statistics", ["bounds"]),
+        ("statistics", [None]),
+        ("statistics", 5),
+        ("inputs", [1, 2, 3, 4]),
+        ("inputs", [{"files": [{}]}, {"files": 1}, {}, {}]),
+    ],
+)
+def test_a_file_of_statistics_of_another_shape_is_refused(
+    field: str, value: Any, paths: list[Path], tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept.json"
+    merge_checkpoints(ties(paths), tmp_path / "1", statistics=kept)
+    content = json.loads(kept.read_text()) | {field: value}
+    kept.write_text(json.dumps(content))
+    with pytest.raises(ArgumentError, match=r"kept\.json is not a file of statistics"):
+        merge_checkpoints(ties(paths), tmp_path / "2", statistics=kept)
+    assert json.loads(kept.read_text()) == content and not (tmp_path / "2").exists()
+
+
+@pytest.mark.parametrize("value", [None, "many", {}, [["a"]], [[1], [1, 2]], [[10**30]], {"shape": [3], "bits": [1]}])
+@pytest.mark.parametrize("method", ["ties", "pcb"])
+def test_a_statistic_that_cannot_be_loaded_is_refused(
+    method: str, value: Any, paths: list[Path], tmp_path: Path
+) -> None:
+    config = config_for(method, paths, WEIGHTS, density=0.2, scope="model")
+    kept = tmp_path / "kept.json"
+    merge_checkpoints(config, tmp_path / "1", statistics=kept)
+    content = json.loads(kept.read_text())
+    name, of = (content["statistics"][0][key] for key in ("name", "of"))
+    for entry in ({"name": name, "of": of, "value": value}, {"name": name, "of": of}):
+        kept.write_text(json.dumps(content | {"statistics": [entry]}))
+        with pytest.raises(ArgumentError, match=r"kept\.json is not a file of statistics"):
+            plan_checkpoints(config, statistics=kept)
+
+
+def test_statistics_stand_beside_the_output_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work.d"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    beside = tmp_path / "work.d.statistics.json"
+    assert _statistics_path(None, ".") == _statistics_path(None, "sub.d/..") == beside
+    assert _statistics_path(None, "..") == tmp_path.with_name(tmp_path.name + ".statistics.json")
+    for name in ("out", "out.", ".out", "v1.5", "a.tar.gz"):
+        assert _statistics_path(None, name) == _statistics_path(None, f"{name}/") == work / f"{name}.statistics.json"
+    assert _statistics_path(None, "/") is None and _statistics_path(None, None) is None
+    assert _statistics_path("kept.json", ".") == Path("kept.json")
 
 
 def test_statistics_that_cannot_be_kept_do_not_undo_the_merge(paths: list[Path], tmp_path: Path) -> None:
