@@ -1,8 +1,8 @@
 """Who may know whom: every import and every #include stays within its layer or goes down.
 
 Python: backends <- ops <- methods <- engine <- everything else. ``reference`` knows only torch and is known only to
-backends, as are the compiled modules and the kernels in Triton, which know only Triton. Nothing below the engine knows a
-file.
+backends, as are the compiled modules and the kernels in Triton, which know only Triton. Nothing below the engine knows
+a file.
 C++: include <- cpu <- bindings; the Torch and Python headers appear in bindings only.
 """
 

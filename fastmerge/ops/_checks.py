@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ArgumentError, ArgumentTypeError
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda")
 MAX_POSITION = 4095
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ def fractions(argument: str, value: Any, models: int) -> list[float]:
 
 
 def tensor(argument: str, value: Any) -> Tensor:
-    """`value`, which must be a dense floating-point CPU tensor, detached from autograd; float64 is allowed."""
+    """`value`, a dense floating-point tensor on a CPU or GPU, detached from autograd; float64 is allowed."""
     if not isinstance(value, Tensor):
         raise ArgumentTypeError(f"{argument} must be a torch.Tensor, not {type(value).__name__}; pass a tensor.")
     if value.dtype not in KERNEL_DTYPES and value.dtype != torch.float64:
@@ -89,7 +89,9 @@ def tensor(argument: str, value: Any) -> Tensor:
             f"{argument} has dtype {name}, but only float32, bfloat16, float16 and float64 are supported: {fix}."
         )
     if value.device.type not in DEVICES:
-        raise ArgumentError(f"{argument} is on device {str(value.device)!r}; move it to the CPU with .cpu() first.")
+        raise ArgumentError(
+            f"{argument} is on device {str(value.device)!r}, where no kernel works; move it with .cpu() or .cuda()."
+        )
     if value.layout != torch.strided:
         raise ArgumentTypeError(f"{argument} has layout {value.layout}; make it dense with .to_dense() first.")
     return value.detach() if value.requires_grad else value
@@ -124,14 +126,21 @@ def shards(argument: str, value: Any) -> list[Tensor]:
 
 
 def same_shape(base: Tensor | None, tensors: Sequence[Tensor], argument: str = "tensors") -> None:
-    """The base and all tensors must have one shape."""
-    wanted, owner = (base.shape, "base") if base is not None else (tensors[0].shape, f"{argument}[0]")
+    """The base and all tensors must have one shape, and be on one device."""
+    first, owner = (base, "base") if base is not None else (tensors[0], f"{argument}[0]")
     for i, x in enumerate(tensors):
-        if x.shape != wanted:
+        if x.shape != first.shape:
             raise ArgumentError(
-                f"{argument}[{i}] has shape {list(x.shape)}, but {owner} has shape {list(wanted)}; "
+                f"{argument}[{i}] has shape {list(x.shape)}, but {owner} has shape {list(first.shape)}; "
                 "pass tensors of one shape."
             )
+        same_device(f"{argument}[{i}]", x, first.device, owner)
+
+
+def same_device(argument: str, x: Tensor, device: torch.device, owner: str = "the first tensor") -> None:
+    """Kernels reach one device's memory."""
+    if x.device != device:
+        raise ArgumentError(f"{argument} is on {x.device}, but {owner} is on {device}; move them to one device.")
 
 
 def one_per_model(argument: str, values: Sequence[Any], models: int) -> None:
@@ -186,7 +195,8 @@ def kernel_out_dtype(value: torch.dtype) -> None:
 
 def target(argument: str, value: Tensor, shape: Sequence[int], inputs: Iterable[Tensor]) -> None:
     """A tensor that a kernel may write: of this shape, contiguous, and in memory of its own."""
-    kernel_inputs(argument, [value])
+    inputs = list(inputs)
+    kernel_inputs(argument, [*inputs[:1], value])
     if value.shape != tuple(shape):
         raise ArgumentError(
             f"{argument} has shape {list(value.shape)}, but the result has {list(shape)}; allocate it like that."
@@ -216,17 +226,29 @@ def compute_dtype(argument: str, value: Any) -> torch.dtype:
 
 
 def kernel_inputs(argument: str, tensors: Sequence[Tensor]) -> None:
-    """What every kernel relies on whoever calls it: a non-empty list of dense CPU tensors of a dtype that it reads."""
+    """What every kernel relies on whoever calls it: dense tensors of dtypes that it reads, on one device."""
     if not tensors:
         raise ArgumentError(f"{argument} is empty; pass at least one tensor.")
     for x in tensors:
         if x.dtype not in KERNEL_DTYPES or x.device.type not in DEVICES or x.layout != torch.strided:
             tensor(argument, x)
             raise ArgumentTypeError(f"{argument} has dtype float64; round it to float32 first.")
+        same_device(argument, x, tensors[0].device)
 
 
-def counts_tensor(argument: str, value: Tensor, shape: Sequence[int]) -> None:
-    """An int64 tensor of this shape, such as bounds and tie counts."""
+def models(base: Tensor | None, tensors: Sequence[Tensor]) -> int:
+    """How many tensors there are: at least one, of one shape that the base has, too, and that kernels can read."""
+    kernel_inputs("tensors", tensors)
+    if base is not None:
+        kernel_inputs("base", [base])
+    same_shape(base, tensors)
+    return len(tensors)
+
+
+def counts_tensor(argument: str, value: Tensor, shape: Sequence[int], device: torch.device | None = None) -> None:
+    """An int64 tensor of this shape, such as bounds and tie counts; on this device, if one is named."""
+    if device is not None:
+        same_device(argument, value, device, "what it is about")
     if value.dtype != torch.int64:
         raise ArgumentTypeError(f"{argument} has dtype {value.dtype}; it must be torch.int64.")
     if value.dim() != len(shape) or any(have != want for have, want in zip(value.shape, shape)):

@@ -38,7 +38,7 @@ def _run(
     """Check everything that the kernels rely on, and call the backend's."""
     flat = rest[:_RULE_FIELDS]
     scales, election, zero_sign, divisor, divisor_value, lambda_, compute, backend = rest[_RULE_FIELDS:]
-    sparsify.check_models(base, tensors)
+    _checks.models(base, tensors)
     models = len(tensors)
     _checks.one_per_model("weights", weights, models)
     _checks.one_per_model("scales", scales, models)
@@ -52,7 +52,7 @@ def _run(
         _checks.contiguous(tensors),
         list(weights),
         inputs=inputs,
-        rule=sparsify.checked_rule(flat, models, tensors[0].numel()),
+        rule=sparsify.checked_rule(flat, models, tensors[0].numel(), tensors[0].device),
         scales=list(scales),
         election=election,
         zero_sign=zero_sign,
@@ -74,7 +74,7 @@ def _consensus_apply(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> 
 
 
 def _consensus_apply_fake(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> Tensor:
-    sparsify.check_models(base, tensors)
+    _checks.models(base, tensors)
     out_dtype = rest[-2]
     _checks.kernel_out_dtype(out_dtype)
     return tensors[0].new_empty(tensors[0].shape, dtype=out_dtype)
@@ -89,13 +89,13 @@ _consensus_apply_op = define(
 
 def _consensus_apply_out(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> None:
     *arguments, out, backend = rest
-    sparsify.check_models(base, tensors)
+    _checks.models(base, tensors)
     _checks.target("out", out, tensors[0].shape, tensors if base is None else (base, *tensors))
     _run(out, base, tensors, *arguments, backend)
 
 
 def _consensus_apply_out_fake(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> None:
-    sparsify.check_models(base, tensors)
+    _checks.models(base, tensors)
 
 
 _consensus_apply_out_op = define(

@@ -32,39 +32,32 @@ def _flat(rule: PcbRule) -> tuple[Any, ...]:
     return rule.variant, rule.clip, rule.extremes, rule.means, rule.thresholds
 
 
-def _models(base: Tensor | None, tensors: Sequence[Tensor]) -> int:
-    """How many rows there are; they have one shape, and the base has it, too."""
-    _checks.kernel_inputs("tensors", tensors)
-    if base is not None:
-        _checks.kernel_inputs("base", [base])
-    _checks.same_shape(base, tensors)
-    return len(tensors)
-
-
-def _part(name: str, value: Tensor | None, needed: bool, shape: tuple[int, ...]) -> Tensor | None:
+def _part(name: str, value: Tensor | None, needed: bool, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
     """One part of a rule, where a sweep needs it."""
     if not needed:
         return None
     if value is None:
         raise ArgumentError(f"rule.{name} is missing; this sweep needs it, as float32{list(shape)}.")
-    if value.dtype != torch.float32 or value.shape != shape or value.device.type not in _checks.DEVICES:
+    if value.dtype != torch.float32 or value.shape != shape:
         raise ArgumentError(f"rule.{name} is {value.dtype}{list(value.shape)}; it must be float32{list(shape)}.")
+    _checks.same_device(f"rule.{name}", value, device)
     return value.contiguous()
 
 
-def _rule(flat: Sequence[Any], models: int, sweep: str = "scores") -> PcbRule:
+def _rule(flat: Sequence[Any], tensors: Sequence[Tensor], sweep: str = "scores") -> PcbRule:
     """The rule of a kernel call, with everything checked that the kernels rely on in this sweep."""
     variant, clip, extremes, means, thresholds = flat
+    models, device = len(tensors), tensors[0].device
     checked_variant("rule.variant", variant, models)
     paper = variant == "paper"
     if sweep == "sums" and not paper:
         raise ArgumentError(f'rule.variant={variant!r} needs no sums; they belong to "paper".')
     return PcbRule(
         variant=variant,
-        clip=_part("clip", clip, not paper, (models, 2)),
-        extremes=_part("extremes", extremes, paper, (pairs(models), 2)),
-        means=_part("means", means, paper and sweep != "sums", (models + pairs(models),)),
-        thresholds=_part("thresholds", thresholds, sweep == "apply", (models, 2)),
+        clip=_part("clip", clip, not paper, (models, 2), device),
+        extremes=_part("extremes", extremes, paper, (pairs(models), 2), device),
+        means=_part("means", means, paper and sweep != "sums", (models + pairs(models),), device),
+        thresholds=_part("thresholds", thresholds, sweep == "apply", (models, 2), device),
     )
 
 
@@ -80,14 +73,15 @@ def checked_variant(argument: str, value: Any, models: int) -> str:
 
 def _pcb_scores(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> Tensor:
     *flat, backend = rest
-    rule = _rule(flat, _models(base, tensors))
+    _checks.models(base, tensors)
+    rule = _rule(flat, tensors)
     return backends.resolve(backend, tensors[0].device).pcb_scores(
         _checks.optional_contiguous(base), _checks.contiguous(tensors), rule
     )
 
 
 def _pcb_scores_fake(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> Tensor:
-    return tensors[0].new_empty((_models(base, tensors), tensors[0].numel()), dtype=torch.float32)
+    return tensors[0].new_empty((_checks.models(base, tensors), tensors[0].numel()), dtype=torch.float32)
 
 
 _pcb_scores_op = define(
@@ -95,20 +89,22 @@ _pcb_scores_op = define(
 )
 
 
-def _window_checks(models: int, low: Sequence[int], counts: Tensor, highest: Tensor) -> None:
+def _window_checks(tensors: Sequence[Tensor], low: Sequence[int], counts: Tensor, highest: Tensor) -> None:
+    models, device = len(tensors), tensors[0].device
     _checks.one_per_model("low", low, models)
     if counts.dtype != torch.int64 or counts.dim() != 2 or counts.shape[0] != models or counts.shape[1] < 2:
         raise ArgumentError(
             f"counts must be int64[{models}, window + 1]; allocate it with torch.zeros(..., dtype=torch.int64)."
         )
-    _checks.counts_tensor("highest", highest, (models,))
+    _checks.same_device("counts", counts, device)
+    _checks.counts_tensor("highest", highest, (models,), device)
 
 
 def _pcb_window(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> None:
     *flat, low, counts, highest, backend = rest
-    models = _models(base, tensors)
-    rule = _rule(flat, models)
-    _window_checks(models, low, counts, highest)
+    _checks.models(base, tensors)
+    rule = _rule(flat, tensors)
+    _window_checks(tensors, low, counts, highest)
     for name, x in (("counts", counts), ("highest", highest)):
         if not x.is_contiguous():
             raise ArgumentError(f"{name} is not contiguous; pass a tensor made by torch.zeros(shape).")
@@ -121,7 +117,8 @@ def _pcb_window(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> None:
 
 def _pcb_window_fake(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> None:
     low, counts, highest = rest[_RULE_FIELDS : _RULE_FIELDS + 3]
-    _window_checks(_models(base, tensors), low, counts, highest)
+    _checks.models(base, tensors)
+    _window_checks(tensors, low, counts, highest)
 
 
 _pcb_window_op = define(
@@ -134,18 +131,18 @@ _pcb_window_op = define(
 
 def _pcb_histogram(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> Tensor:
     *flat, prefix, backend = rest
-    models = _models(base, tensors)
+    models = _checks.models(base, tensors)
     _checks.one_per_model("prefix", prefix, models)
     if any(not -1 <= p < SCORE_BINS for p in prefix):
         raise ArgumentError("prefix holds a number that is no prefix; pass -1 for the first level, or 0 to 65535.")
-    rule = _rule(flat, models)
+    rule = _rule(flat, tensors)
     return backends.resolve(backend, tensors[0].device).pcb_histogram(
         _checks.optional_contiguous(base), _checks.contiguous(tensors), rule, list(prefix)
     )
 
 
 def _pcb_histogram_fake(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> Tensor:
-    return tensors[0].new_empty((_models(base, tensors), SCORE_BINS), dtype=torch.int64)
+    return tensors[0].new_empty((_checks.models(base, tensors), SCORE_BINS), dtype=torch.int64)
 
 
 _pcb_histogram_op = define(
@@ -156,14 +153,14 @@ _pcb_histogram_op = define(
 
 
 def _pcb_extremes(base: Tensor | None, tensors: list[Tensor], backend: str) -> Tensor:
-    checked_variant("variant", "paper", _models(base, tensors))
+    checked_variant("variant", "paper", _checks.models(base, tensors))
     return backends.resolve(backend, tensors[0].device).pcb_extremes(
         _checks.optional_contiguous(base), _checks.contiguous(tensors)
     )
 
 
 def _pcb_extremes_fake(base: Tensor | None, tensors: list[Tensor], backend: str) -> Tensor:
-    return tensors[0].new_empty((pairs(_models(base, tensors)), 2), dtype=torch.float32)
+    return tensors[0].new_empty((pairs(_checks.models(base, tensors)), 2), dtype=torch.float32)
 
 
 _pcb_extremes_op = define(
@@ -173,14 +170,15 @@ _pcb_extremes_op = define(
 
 def _pcb_sums(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> Tensor:
     *flat, backend = rest
-    rule = _rule(flat, _models(base, tensors), "sums")
+    _checks.models(base, tensors)
+    rule = _rule(flat, tensors, "sums")
     return backends.resolve(backend, tensors[0].device).pcb_sums(
         _checks.optional_contiguous(base), _checks.contiguous(tensors), rule
     )
 
 
 def _pcb_sums_fake(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> Tensor:
-    models = _models(base, tensors)
+    models = _checks.models(base, tensors)
     return tensors[0].new_empty((models + pairs(models), L1_LIMBS), dtype=torch.int64)
 
 
@@ -191,8 +189,8 @@ _pcb_sums_op = define(
 
 def _run_apply(out: Tensor, scale: Tensor | None, base: Tensor | None, tensors: list[Tensor], *rest: Any) -> None:
     *flat, weights, backend = rest
-    models = _models(base, tensors)
-    rule = _rule(flat, models, "apply")
+    models = _checks.models(base, tensors)
+    rule = _rule(flat, tensors, "apply")
     _checks.one_per_model("weights", weights, models)
     backends.resolve(backend, out.device).pcb_apply(
         _checks.optional_contiguous(base), _checks.contiguous(tensors), rule, list(weights), out, scale
@@ -209,7 +207,7 @@ def _pcb_apply(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> Tensor
 
 
 def _pcb_apply_fake(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> Tensor:
-    _models(base, tensors)
+    _checks.models(base, tensors)
     _checks.kernel_out_dtype(rest[-2])
     return tensors[0].new_empty(tensors[0].shape, dtype=rest[-2])
 
@@ -223,7 +221,7 @@ _pcb_apply_op = define(
 
 def _pcb_apply_out(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> None:
     *arguments, out, scale, backend = rest
-    models = _models(base, tensors)
+    models = _checks.models(base, tensors)
     inputs = tensors if base is None else [base, *tensors]
     _checks.target("out", out, tensors[0].shape, inputs)
     if scale is not None:
@@ -234,7 +232,7 @@ def _pcb_apply_out(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> No
 
 
 def _pcb_apply_out_fake(base: Tensor | None, tensors: list[Tensor], *rest: Any) -> None:
-    _models(base, tensors)
+    _checks.models(base, tensors)
 
 
 _pcb_apply_out_op = define(

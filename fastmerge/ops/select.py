@@ -31,17 +31,10 @@ def _blocks(numel: Any) -> Any:
     return torch.sym_max(1, (numel + TIE_BLOCK - 1) // TIE_BLOCK)
 
 
-def check_bounds(bounds: Tensor, ties_before: Tensor, models: int, numel: int) -> None:
-    """Rank bounds int64[models, 2, 2] and the ties before each block int64[models, 2, blocks]."""
-    _checks.counts_tensor("bounds", bounds, (models, 2, 2))
-    _checks.counts_tensor("ties_before", ties_before, (models, 2, _blocks(numel)))
-
-
-def _check_models(base: Tensor | None, tensors: Sequence[Tensor]) -> None:
-    _checks.kernel_inputs("tensors", tensors)
-    if base is not None:
-        _checks.kernel_inputs("base", [base])
-    _checks.same_shape(base, tensors)
+def check_bounds(bounds: Tensor, ties_before: Tensor, models: int, numel: int, device: torch.device) -> None:
+    """Rank bounds int64[models, 2, 2] and the ties before each block int64[models, 2, blocks], where the models are."""
+    _checks.counts_tensor("bounds", bounds, (models, 2, 2), device)
+    _checks.counts_tensor("ties_before", ties_before, (models, 2, _blocks(numel)), device)
 
 
 def _abs_histogram_checks(shards: Sequence[Tensor], bins: int) -> None:
@@ -89,7 +82,7 @@ def _magnitude_bounds(
     base: Tensor | None, tensors: list[Tensor], first: list[int], last: list[int], compute: torch.dtype,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check_models(base, tensors)
+    _checks.models(base, tensors)
     _checks.one_per_model("first", first, len(tensors))
     _checks.one_per_model("last", last, len(tensors))
     _checks.compute_dtype("compute", compute)
@@ -109,7 +102,7 @@ def _magnitude_bounds_fake(
     base: Tensor | None, tensors: list[Tensor], first: list[int], last: list[int], compute: torch.dtype,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check_models(base, tensors)
+    _checks.models(base, tensors)
     x, n = tensors[0], len(tensors)
     return (
         x.new_empty((n, 2, 2), dtype=torch.int64),
@@ -127,7 +120,7 @@ _magnitude_bounds_op = define(
 
 def _key_histogram_checks(base: Tensor | None, tensors: Sequence[Tensor], prefix: Sequence[int], compute: Any) -> int:
     """The number of bins that each model gets."""
-    _check_models(base, tensors)
+    _checks.models(base, tensors)
     _checks.one_per_model("prefix", prefix, len(tensors))
     _checks.compute_dtype("compute", compute)
     negative = [p < 0 for p in prefix]
@@ -165,13 +158,14 @@ _key_histogram_op = define(
 def _key_window_checks(
     base: Tensor | None, tensors: Sequence[Tensor], low: Sequence[int], compute: Any, counts: Tensor
 ) -> None:
-    _check_models(base, tensors)
+    _checks.models(base, tensors)
     _checks.one_per_model("low", low, len(tensors))
     _checks.compute_dtype("compute", compute)
     if counts.dtype != torch.int64 or counts.dim() != 2 or counts.shape[0] != len(tensors) or counts.shape[1] < 2:
         raise ArgumentError(
             f"counts must be int64[{len(tensors)}, window + 1]; allocate it with torch.zeros(..., dtype=torch.int64)."
         )
+    _checks.same_device("counts", counts, tensors[0].device)
 
 
 def _key_window(
@@ -203,8 +197,8 @@ _key_window_op = define(
 def _tie_counts(
     base: Tensor | None, tensors: list[Tensor], bounds: Tensor, compute: torch.dtype, backend: str = "auto"
 ) -> Tensor:
-    _check_models(base, tensors)
-    _checks.counts_tensor("bounds", bounds, (len(tensors), 2, 2))
+    _checks.models(base, tensors)
+    _checks.counts_tensor("bounds", bounds, (len(tensors), 2, 2), tensors[0].device)
     _checks.compute_dtype("compute", compute)
     return backends.resolve(backend, tensors[0].device).tie_counts(
         _checks.optional_contiguous(base), _checks.contiguous(tensors), bounds.contiguous(), compute
@@ -214,8 +208,8 @@ def _tie_counts(
 def _tie_counts_fake(
     base: Tensor | None, tensors: list[Tensor], bounds: Tensor, compute: torch.dtype, backend: str = "auto"
 ) -> Tensor:
-    _check_models(base, tensors)
-    _checks.counts_tensor("bounds", bounds, (len(tensors), 2, 2))
+    _checks.models(base, tensors)
+    _checks.counts_tensor("bounds", bounds, (len(tensors), 2, 2), tensors[0].device)
     return bounds.new_empty((len(tensors), 2, _blocks(tensors[0].numel())))
 
 
@@ -228,12 +222,12 @@ _tie_counts_op = define(
 
 def _topk_mask(x: Tensor, bounds: Tensor, ties_before: Tensor, backend: str = "auto") -> Tensor:
     _checks.kernel_inputs("x", [x])
-    check_bounds(bounds, ties_before, 1, x.numel())
+    check_bounds(bounds, ties_before, 1, x.numel(), x.device)
     return backends.resolve(backend, x.device).topk_mask(x.contiguous(), bounds.contiguous(), ties_before.contiguous())
 
 
 def _topk_mask_fake(x: Tensor, bounds: Tensor, ties_before: Tensor, backend: str = "auto") -> Tensor:
-    check_bounds(bounds, ties_before, 1, x.numel())
+    check_bounds(bounds, ties_before, 1, x.numel(), x.device)
     return x.new_empty(x.shape, dtype=torch.bool)
 
 
@@ -244,7 +238,7 @@ _topk_mask_op = define(
 
 def _hashed_mask(x: Tensor, bounds: Tensor, seed: int, tensor_id: int, position: int, offset: int) -> Tensor:
     _checks.kernel_inputs("x", [x])
-    _checks.counts_tensor("bounds", bounds, (1, 2, 2))
+    _checks.counts_tensor("bounds", bounds, (1, 2, 2), x.device)
     # One definition serves all backends: only the few tied elements need random words.
     return backends.resolve("reference", x.device).hashed_mask(
         x, bounds, seed=unsigned64(seed), tensor_id=unsigned64(tensor_id), position=position, offset=offset
@@ -275,8 +269,8 @@ def abs_histogram(x: Tensor | Sequence[Tensor], *, bins: int = 32768, backend: s
         the bin of the canonical NaN, above infinity.
     Returns int64[bins]. Histograms of parts add up to the histogram of the whole.
     Errors: ArgumentTypeError for other dtypes; ArgumentError for shards of different dtypes, an empty list, a `bins`
-        that is not such a power of two, or tensors that are not on the CPU; BackendError for a backend that is missing.
-    Source: radix selection on order-preserving keys; DESIGN section 4.
+        that is not such a power of two, or tensors on several devices; BackendError for a backend that is missing.
+    Source: radix selection on order-preserving keys (docs/numbers.md).
     """
     result: Tensor = _abs_histogram_op(_checks.shards("x", x), _checks.integer("bins", bins), backend)
     return result
@@ -289,8 +283,8 @@ def kth_magnitude(shards: Tensor | Sequence[Tensor], k: int, *, backend: str = "
         bfloat16, float16; float64 is rounded to float32 first).
     k: 1 <= k <= N; 1 is the largest magnitude. NaN ranks above infinity.
     Returns a float that is exact in float32.
-    Errors: ArgumentError when k is out of range or the tensors are not on the CPU; ArgumentTypeError for wrong dtypes.
-    Source: an order statistic, without sampling; DESIGN section 4.
+    Errors: ArgumentError when k is out of range or tensors are on several devices; ArgumentTypeError for wrong dtypes.
+    Source: an order statistic, without sampling (docs/numbers.md).
     """
     value: float = _kth_magnitude_op(_checks.shards("shards", shards), _checks.integer("k", k), backend).item()
     return value

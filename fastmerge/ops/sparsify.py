@@ -46,17 +46,17 @@ def flatten_rule(rule: SparsifyRule) -> tuple[Any, ...]:
     )
 
 
-def checked_rule(flat: Sequence[Any], models: int, numel: int) -> SparsifyRule:
+def checked_rule(flat: Sequence[Any], models: int, numel: int, device: torch.device) -> SparsifyRule:
     """The rule of a kernel call, with everything checked that the kernels rely on."""
     method, bounds, ties_before, density, epsilon, row_length, seed, tensor_id, positions, offset, masks = flat
     _checks.choice("rule.method", method, RULES)
     if method == "band":
         if bounds is None or ties_before is None:
             raise ArgumentError('rule.bounds or rule.ties_before is missing; method "band" needs both.')
-        select.check_bounds(bounds, ties_before, models, numel)
+        select.check_bounds(bounds, ties_before, models, numel, device)
         bounds, ties_before = bounds.contiguous(), ties_before.contiguous()
     elif method == "mask":
-        masks = _checked_masks(masks, models, numel)
+        masks = _checked_masks(masks, models, numel, device)
     elif method != "none":
         _checks.one_per_model("rule.density", density, models)
         _checks.one_per_model("rule.positions", positions, models)
@@ -85,10 +85,11 @@ def checked_rule(flat: Sequence[Any], models: int, numel: int) -> SparsifyRule:
     )
 
 
-def _checked_masks(masks: Any, models: int, numel: int) -> Tensor:
+def _checked_masks(masks: Any, models: int, numel: int, device: torch.device) -> Tensor:
     shape = (models, mask_bytes(numel))
     if not isinstance(masks, Tensor) or masks.dtype != torch.uint8 or masks.shape != shape:
         raise ArgumentError(f"rule.masks must be uint8{list(shape)}, a bit for each element; take it from kept_masks.")
+    _checks.same_device("rule.masks", masks, device)
     return masks.contiguous()
 
 
@@ -107,14 +108,6 @@ def check_rows(row_length: int, offset: int, numel: int) -> None:
         )
 
 
-def check_models(base: Tensor | None, tensors: Sequence[Tensor]) -> None:
-    """A non-empty list of tensors of one shape that kernels can read, and so the base."""
-    _checks.kernel_inputs("tensors", tensors)
-    if base is not None:
-        _checks.kernel_inputs("base", [base])
-    _checks.same_shape(base, tensors)
-
-
 def _define_per_model(name: str, dtype: torch.dtype, shape: Callable[[Any], tuple[Any, ...]]) -> Callable[..., Any]:
     """Register an op that sweeps a chunk under a rule.
 
@@ -123,15 +116,15 @@ def _define_per_model(name: str, dtype: torch.dtype, shape: Callable[[Any], tupl
 
     def kernel(base: Tensor | None, tensors: list[Tensor], compute: torch.dtype, *rest: Any) -> Any:
         *flat, backend = rest
-        check_models(base, tensors)
+        _checks.models(base, tensors)
         _checks.compute_dtype("compute", compute)
-        rule = checked_rule(flat, len(tensors), tensors[0].numel())
+        rule = checked_rule(flat, len(tensors), tensors[0].numel(), tensors[0].device)
         return getattr(backends.resolve(backend, tensors[0].device), name)(
             _checks.optional_contiguous(base), _checks.contiguous(tensors), rule, compute
         )
 
     def fake(base: Tensor | None, tensors: list[Tensor], compute: torch.dtype, *rest: Any) -> Tensor:
-        check_models(base, tensors)
+        _checks.models(base, tensors)
         return tensors[0].new_empty((len(tensors), *shape(tensors[0].numel())), dtype=dtype)
 
     return define(

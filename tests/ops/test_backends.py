@@ -79,5 +79,12 @@ def test_an_unknown_name_gets_the_near_one_suggested() -> None:
 def test_a_device_without_a_backend_is_refused() -> None:
     with pytest.raises(BackendError, match=r"'meta'.*\.cpu\(\)"):
         backends.resolve("auto", torch.device("meta"))
-    with pytest.raises(BackendError, match=r"'cuda'.*\.cpu\(\)"):
-        backends.resolve("reference", "cuda:0")
+    with pytest.raises(BackendError, match="backend='cpu' does not work on device 'cuda'; move the tensors to cpu"):
+        backends.resolve("cpu", "cuda:0")
+
+
+def test_triton_is_for_gpus_unless_it_is_named_and_interpreted() -> None:
+    if backends.reason("triton") is None:
+        assert backends.name_of(backends.resolve("auto", "cuda")) == "triton"
+        assert backends.name_of(backends.resolve("triton", "cuda:1")) == "triton"
+    assert backends.name_of(backends.resolve("auto", "cpu")) != "triton"
