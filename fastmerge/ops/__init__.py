@@ -17,6 +17,7 @@ from ._score_keys import (
     score_prefix,
 )
 from .consensus import consensus_apply, consensus_merge, total_divisor, weight_sum
+from .many import consensus_merge_many
 from .pcb import pcb_apply, pcb_extremes, pcb_histogram, pcb_scores, pcb_sums, pcb_window_
 from .pcb_rows import pcb_bounds, pcb_merge, pcb_rule
 from .select import (
@@ -52,6 +53,7 @@ __all__ = [
     "choose_window",
     "consensus_apply",
     "consensus_merge",
+    "consensus_merge_many",
     "count_nonfinite",
     "hashed_mask",
     "highest_bin",

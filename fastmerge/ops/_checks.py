@@ -178,13 +178,13 @@ def out_dtype(value: Any) -> torch.dtype:
     return dtype
 
 
-def out_tensor(value: Any, dtype: torch.dtype | None) -> None:
+def out_tensor(value: Any, dtype: torch.dtype | None, argument: str = "out") -> None:
     """`out`, which must be a tensor that kernels can write, of the dtype that was asked for, if one was."""
-    tensor("out", value)
+    tensor(argument, value)
     if value.dtype == torch.float64:
-        raise ArgumentTypeError("out has dtype float64, which kernels do not write; leave it out or use float32.")
+        raise ArgumentTypeError(f"{argument} has dtype float64, which kernels do not write; omit it or use float32.")
     if dtype is not None and value.dtype != dtype:
-        raise ArgumentTypeError(f"out has dtype {value.dtype}, but out_dtype is {dtype}; make them equal.")
+        raise ArgumentTypeError(f"{argument} has dtype {value.dtype}, but out_dtype is {dtype}; make them equal.")
 
 
 def kernel_out_dtype(value: torch.dtype) -> None:

@@ -27,14 +27,15 @@ _ABOVE_ALL_KEYS = 1 << 31
 # -- schema, kernel, fake --------------------------------------------------------------------------------------------
 
 
-def _blocks(numel: Any) -> Any:
+def tie_blocks(numel: Any) -> Any:
+    """How many blocks of TIE_BLOCK elements a tensor has; an empty one counts as one."""
     return torch.sym_max(1, (numel + TIE_BLOCK - 1) // TIE_BLOCK)
 
 
 def check_bounds(bounds: Tensor, ties_before: Tensor, models: int, numel: int, device: torch.device) -> None:
     """Rank bounds int64[models, 2, 2] and the ties before each block int64[models, 2, blocks], where the models are."""
     _checks.counts_tensor("bounds", bounds, (models, 2, 2), device)
-    _checks.counts_tensor("ties_before", ties_before, (models, 2, _blocks(numel)), device)
+    _checks.counts_tensor("ties_before", ties_before, (models, 2, tie_blocks(numel)), device)
 
 
 def _abs_histogram_checks(shards: Sequence[Tensor], bins: int) -> None:
@@ -106,7 +107,7 @@ def _magnitude_bounds_fake(
     x, n = tensors[0], len(tensors)
     return (
         x.new_empty((n, 2, 2), dtype=torch.int64),
-        x.new_empty((n, 2, _blocks(x.numel())), dtype=torch.int64),
+        x.new_empty((n, 2, tie_blocks(x.numel())), dtype=torch.int64),
     )
 
 
@@ -210,7 +211,7 @@ def _tie_counts_fake(
 ) -> Tensor:
     _checks.models(base, tensors)
     _checks.counts_tensor("bounds", bounds, (len(tensors), 2, 2), tensors[0].device)
-    return bounds.new_empty((len(tensors), 2, _blocks(tensors[0].numel())))
+    return bounds.new_empty((len(tensors), 2, tie_blocks(tensors[0].numel())))
 
 
 _tie_counts_op = define(
