@@ -59,10 +59,12 @@ def blocks(block: Tensor, seed: int, tensor_id: int, stream: int) -> Tensor:
     return torch.stack(philox4x32(counter, key), dim=1)
 
 
-def words(offset: int, count: int, *, seed: int, tensor_id: int, stream: int) -> Tensor:
+def words(
+    offset: int, count: int, *, seed: int, tensor_id: int, stream: int, device: torch.device | None = None
+) -> Tensor:
     """The words of the elements offset .. offset + count - 1, int64[count]."""
     first = offset // 4
-    block = torch.arange(first, (offset + count + 3) // 4, dtype=torch.int64)
+    block = torch.arange(first, (offset + count + 3) // 4, dtype=torch.int64, device=device)
     return blocks(block, seed, tensor_id, stream).reshape(-1)[offset - 4 * first :][:count]
 
 

@@ -25,7 +25,7 @@ ABOVE_ALL_KEYS = 1 << KEY_BITS
 
 def abs_histogram(shards: list[Tensor], bins: int) -> Tensor:
     """Counts of the leading bits of each key, int64[bins]; 16-bit types use their own 15-bit keys."""
-    counts = torch.zeros(bins, dtype=torch.int64)
+    counts = torch.zeros(bins, dtype=torch.int64, device=shards[0].device)
     used_bits = bins.bit_length() - 1
     for shard in shards:
         flat = shard.reshape(-1)
@@ -40,7 +40,7 @@ def abs_histogram(shards: list[Tensor], bins: int) -> Tensor:
 def kth_magnitude(shards: list[Tensor], k: int) -> Tensor:
     """The k-th largest magnitude (1 <= k <= N) over all shards together, float32, 0-d."""
     together = torch.cat([keys(shard.reshape(-1).to(torch.float32)) for shard in shards])
-    return magnitude_of(int(together.sort(descending=True).values[k - 1]))
+    return magnitude_of(int(together.sort(descending=True).values[k - 1])).to(together.device)
 
 
 def bound(key: Tensor, rank: int) -> tuple[int, int]:
@@ -57,7 +57,7 @@ def bound(key: Tensor, rank: int) -> tuple[int, int]:
 
 def block_counts(key: Tensor, bounds: Tensor) -> Tensor:
     """For each of a model's two bounds, how many keys equal T in each block of TIE_BLOCK elements; 0 where c == 0."""
-    counts = torch.zeros(2, block_number(key.numel()), dtype=torch.int64)
+    counts = torch.zeros(2, block_number(key.numel()), dtype=torch.int64, device=key.device)
     for which, (threshold, ties) in enumerate(bounds.tolist()):
         if ties > 0:
             for number, block in enumerate(key.split(TIE_BLOCK)):
@@ -74,7 +74,7 @@ def magnitude_bounds(
     base: Tensor | None, tensors: list[Tensor], first: list[int], last: list[int], compute: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The bounds int64[n, 2, 2] of the ranks first[i] and last[i] in whole tensors, and the ties before each block."""
-    bounds = torch.zeros(len(tensors), 2, 2, dtype=torch.int64)
+    bounds = torch.zeros(len(tensors), 2, 2, dtype=torch.int64, device=tensors[0].device)
     for model, x in enumerate(tensors):
         key = keys(difference(base, x, compute))
         bounds[model] = torch.tensor([bound(key, first[model]), bound(key, last[model])])
