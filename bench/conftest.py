@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -58,14 +56,9 @@ def row_length(request: pytest.FixtureRequest, size: int) -> int:
 @pytest.fixture(scope="session")
 def copy_bandwidth() -> float:
     """Bytes read and written per second by a copy of memory on all of torch's threads: the limit of a kernel."""
-    source = torch.ones(1 << 26)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(6):  # the first one also touches the target's pages
-        start = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.nbytes / best
+    from fastmerge import measuring
+
+    return measuring.copy_bandwidth("cpu")
 
 
 @pytest.fixture

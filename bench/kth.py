@@ -47,17 +47,9 @@ def timed(run: Callable[[], object], rounds: int) -> tuple[float, object]:
     return statistics.median(seconds), result
 
 
-def copy_bandwidth(x: torch.Tensor) -> float:
-    """Bytes read and written per second by a copy of `x` on torch's threads."""
-    target = torch.empty_like(x)
-    target.copy_(x)
-    seconds, _ = timed(lambda: target.copy_(x), 3)
-    return 2 * x.nbytes / seconds
-
-
 def measure(dtype: str, kind: str, size: int, rounds: int, peers: bool) -> dict[str, object]:
     """One row: our rate and the peers' on the same values."""
-    from fastmerge import backends, ops
+    from fastmerge import backends, measuring, ops
 
     x = values(kind, DTYPES[dtype], size)
     k = size // 2
@@ -72,7 +64,7 @@ def measure(dtype: str, kind: str, size: int, rounds: int, peers: bool) -> dict[
     }
     if row["problem"] is None:
         row["gelem_per_s"] = size / seconds / 1e9
-        row["fraction_of_copy"] = x.nbytes / seconds / copy_bandwidth(x)
+        row["fraction_of_copy"] = x.nbytes / seconds / measuring.copy_bandwidth("cpu", x.nbytes)
         row["bar_met"] = size / seconds / 1e9 >= BARS[dtype]
     for name, peer in PEERS.items() if peers else ():
         seconds, value = timed(lambda peer=peer: peer(x, k), 1)

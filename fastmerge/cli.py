@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from fastmerge.errors import FastmergeError, MergeError
+from fastmerge.errors import ArgumentError, FastmergeError, MergeError
 
 if TYPE_CHECKING:
     from fastmerge.engine.config import MergeConfig
@@ -42,6 +43,8 @@ _CPU_FEATURES = (
     "sve",
 )
 
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
 app = typer.Typer(
     name="fastmerge",
     help="Merge language models at the speed of reading them.",
@@ -50,13 +53,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Device(str, enum.Enum):
-    """Where a merge is computed."""
-
-    auto = "auto"
-    cpu = "cpu"
 
 
 class Numerics(str, enum.Enum):
@@ -136,8 +132,14 @@ def _root(
 def merge(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yml", help="The merge, as mergekit writes it.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make; it may exist if it is empty.")],
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
+    device: Annotated[
+        str,
+        typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where to compute; auto: a GPU if one works, else the CPU."),
+    ] = "auto",
     memory_budget: Annotated[str, typer.Option(metavar="SIZE", help="Memory for the model's data.")] = "4GiB",
+    gpu_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory to take of the GPU (default: 80 % of what is free).")
+    ] = None,
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Most bytes per output file.")] = "5GB",
     numerics: Annotated[
         Numerics, typer.Option(help="fp32: round once, at the end. mergekit: round where mergekit does.")
@@ -164,8 +166,9 @@ def merge(
 ) -> int:
     """Merge checkpoints as CONFIG.yml says and write a Hugging Face model to OUT."""
     options = {
-        "device": device.value,
+        "device": device,
         "memory_budget": memory_budget,
+        "gpu_memory": gpu_memory,
         "shard_size": shard_size,
         "numerics": numerics.value,
         "seed": seed,
@@ -175,13 +178,14 @@ def merge(
     }
 
     def work() -> None:
-        parsed = _check_early(config, out, memory_budget, shard_size)
+        parsed = _check_early(config, out, device, memory_budget, gpu_memory, shard_size)
         # A library that prints to standard output must not spoil the JSON.
         with contextlib.redirect_stdout(sys.stderr):
             if dry_run:
                 text = _plan(config, out, options, as_json)
             else:
-                _prepare_memory(parsed.refs(), memory_budget)
+                if not device.startswith("cuda"):
+                    _prepare_memory(parsed.refs(), memory_budget)
                 text = _merge(config, out, options | {"threads": threads}, quiet, as_json)
         if text:
             print(text)
@@ -210,20 +214,46 @@ def methods(
 
 @app.command()
 def env() -> int:
-    """Print versions, instruction set, threads, and which backends work or why they do not."""
+    """Print versions, instruction set, threads, GPUs, and which backends work where, or why they do not."""
     return _guarded(lambda: _print_table(_environment()), False)
+
+
+@app.command()
+def bench(
+    op: Annotated[str | None, typer.Option(metavar="NAME", help="Only this op, such as consensus_merge.")] = None,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where to compute.")] = "cpu",
+    backend: Annotated[str, typer.Option(metavar="NAME", help="Kernels to measure (default: all that work).")] = "auto",
+    size: Annotated[int | None, typer.Option(metavar="N", help="Elements of each tensor.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Check the ops and measure them beside a copy of this machine's memory."""
+    wrong: list[str] = []
+
+    def work() -> None:
+        with _without_garbage_collection():
+            from fastmerge import measuring
+
+        wrong.extend(measuring.tell(op=op, device=device, backend=backend, size=size, as_json=as_json))
+
+    return _guarded(work, as_json) or (FAILED if wrong else DONE)
 
 
 # -- merge
 
 
-def _check_early(config: Path, out: Path, memory_budget: str, shard_size: str) -> MergeConfig:
+def _check_early(
+    config: Path, out: Path, device: str, memory_budget: str, gpu_memory: str | None, shard_size: str
+) -> MergeConfig:
     """Refuse what can be refused before torch is imported, so that a mistake is told at once."""
     from fastmerge.engine.atomic import check_target
     from fastmerge.engine.config import load_config
     from fastmerge.sizes import parse_size
 
+    if not _DEVICE.fullmatch(device):
+        raise ArgumentError(f"--device must be auto, cpu, cuda or cuda:N (a GPU's number), not {device!r}.")
     parse_size(memory_budget, name="--memory-budget")
+    if gpu_memory is not None:
+        parse_size(gpu_memory, name="--gpu-memory")
     parse_size(shard_size, name="--shard-size")
     parsed = load_config(config)
     check_target(out)
@@ -348,11 +378,68 @@ def _environment() -> list[tuple[str, str]]:
     else:
         rows.append(("instructions", "those that torch chooses: the compiled kernels do not work here"))
         rows.append(("threads", str(torch.get_num_threads())))
+    rows += _gpus()
     for name, reason in available.items():
-        rows.append((f"backend {name}", "works" if reason is None else " ".join(f"missing: {reason}".split())))
+        works = f"works on {_devices_of(name)}" if reason is None else f"missing: {reason}"
+        rows.append((f"backend {name}", " ".join(works.split())))
+    rows += [(f"{kind} tensors", _backend_for(device)) for kind, device in _KINDS.items()]
     variables = sorted(key for key in os.environ if key.startswith("FASTMERGE_"))
     rows += [(key, os.environ[key]) for key in variables] or [("FASTMERGE_*", "no such variable is set")]
     return rows
+
+
+_KINDS = {"CPU": "cpu", "CUDA": "cuda"}
+"""The kinds of tensors that ops take, as people call them, and their devices."""
+
+
+def _gpus() -> list[tuple[str, str]]:
+    """Each GPU, with its memory; or why there is none."""
+    import torch
+
+    from fastmerge.engine.device import no_gpu
+    from fastmerge.sizes import format_size
+
+    missing = no_gpu()
+    if missing is not None:
+        return [("gpu", f"none: {missing}")]
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        rows.append((f"gpu cuda:{index}", f"{about.name}, {format_size(about.total_memory, binary=True)}"))
+    return rows
+
+
+def _devices_of(name: str) -> str:
+    """The kinds of tensors that a backend takes."""
+    from fastmerge import backends
+    from fastmerge.errors import BackendError
+
+    kinds = []
+    for kind, device in _KINDS.items():
+        with contextlib.suppress(BackendError):
+            backends.resolve(name, device)
+            kinds.append(kind)
+    return f"{' and '.join(kinds)} tensors"
+
+
+def _backend_for(device: str) -> str:
+    """Where ops on tensors of a device run if nothing else is asked for, and why there."""
+    from fastmerge import backends
+    from fastmerge.engine.device import no_gpu
+    from fastmerge.errors import BackendError
+
+    missing = no_gpu() if device == "cuda" else None
+    if missing is not None:
+        return f"none here: {missing}"
+    try:
+        name = backends.name_of(backends.resolve(None, device))
+    except BackendError as error:
+        return f"ops refuse them: {error}"
+    forced = os.environ.get(backends.ENVIRONMENT_VARIABLE)
+    if forced not in (None, "", "auto"):
+        return f"ops run on {name}, since {backends.ENVIRONMENT_VARIABLE} names it"
+    why = "" if name != "reference" else ", in plain torch, since no faster backend works"
+    return f"ops run on {name}{why or ', the fastest that works'}"
 
 
 def _processor() -> str:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from fastmerge import backends, methods
+from fastmerge.engine import fresh
 from fastmerge.engine.checkpoint import Checkpoint, open_checkpoint
 from fastmerge.engine.config import MergeConfig, ModelEntry, load_config
+from fastmerge.engine.device import GPU_MEMORY_SHARE, Device, host_backend, open_device, place_of
 from fastmerge.engine.executor import DictSink, Outcome, ProgressLike, execute
 from fastmerge.engine.manifest import build_manifest, merge_digest, package_version
 from fastmerge.engine.parameters import ParameterTable, count_layers
@@ -46,6 +48,7 @@ def merge(
     method: str = "ties",
     backend: str | None = "auto",
     device: torch.device | str | None = None,
+    gpu_memory: str | int | None = None,
     dtype: torch.dtype | str | None = None,
     numerics: str = "fp32",
     seed: int = 0,
@@ -56,13 +59,17 @@ def merge(
     """Merge models in memory.
 
     Args:
-        models: state dicts (name -> tensor on the CPU) or modules, all with the same names and shapes. Any strides;
-            float32, bfloat16, float16 or float64 (computed in float32), mixed as you like. They are not changed.
+        models: state dicts (name -> tensor) or modules, all with the same names and shapes. Any strides; float32,
+            bfloat16, float16 or float64 (computed in float32), mixed as you like. They are not changed.
         base: what the models were fine-tuned from; every method but linear needs it. If it is given to linear, it is
             one model more, the last, and has its own weight.
         method: a name from `fastmerge.methods.names()`.
-        backend: "auto" (the fastest that works), "cpu" or "reference".
-        device: None or "cpu".
+        backend: "auto" (the fastest that works), "triton", "cpu" or "reference".
+        device: where to compute, and where the result is: "cpu", "cuda", "cuda:1"; "auto" for a GPU if one works, else
+            the CPU; None for the GPU that any of the tensors is on, else the CPU. Tensors on the CPU are brought to a
+            GPU piece by piece.
+        gpu_memory: bytes that may be taken of the GPU for that, such as "8GiB", besides the result; None for 80 % of
+            what is free.
         dtype: the output's dtype (float32, bfloat16 or float16); None for the base's, tensor by tensor, and for linear
             the one in which the inputs' dtypes meet.
         numerics: "fp32", or "mergekit" to round as mergekit does.
@@ -78,13 +85,13 @@ def merge(
 
     Raises:
         ArgumentError, ArgumentTypeError: models that do not fit together, or parameters that the method cannot take.
-        MergeError: NaN or Inf in an input.
+        MergeError: NaN or Inf in an input; a GPU that fails or runs out of memory.
 
     Sources: `fastmerge.methods.describe(method)["source"]`.
     """
     chosen = methods.get(method)
-    _check_device(device)
-    _check_common(numerics, seed, on_nonfinite, backend)
+    place = None if device is None else place_of(device, backend)
+    _check_common(numerics, seed, on_nonfinite)
     if isinstance(models, Mapping | torch.nn.Module) or not isinstance(models, Sequence):
         raise ArgumentTypeError("models must be a list of state dicts or modules; wrap a single one as [model].")
     sources = [StateDictSource(f"models[{index}]", model) for index, model in enumerate(models)]
@@ -92,8 +99,14 @@ def merge(
     if based is not None and not chosen.needs_base:
         sources.append(based)
         based = None
-    try:
-        plan = make_plan(
+    everyone = sources if based is None else [based, *sources]
+    together = _place_together(place, everyone)
+    backends.resolve(backend, together)
+    computer = open_device(together)
+    budget = None if gpu_memory is None else parse_size(gpu_memory, name="gpu_memory")
+
+    def planned(gpu_budget: int | None) -> Plan:
+        return make_plan(
             chosen,
             based,
             sources,
@@ -104,14 +117,53 @@ def merge(
             out_dtype=_dtype(dtype),
             exclude=[exclude] if isinstance(exclude, str) else list(exclude),
             backend=backend or "auto",
+            device=computer.name,
+            gpu_budget=gpu_budget,
         )
+
+    try:
+        plan = planned(None)
+        sink = _dict_sink(plan, computer)
+        if computer.stages and any(source.places.keys() - {together} for source in everyone):
+            # What the result takes is gone by now.
+            plan = planned(budget if budget is not None else int(GPU_MEMORY_SHARE * computer.free_bytes()))
     except CheckpointError as error:
         raise ArgumentError(str(error)) from None
-    sink = DictSink(plan)
-    outcome = execute(plan, sink, on_nonfinite=on_nonfinite, backend=backend or "auto")  # type: ignore[arg-type]
+    outcome = execute(
+        plan,
+        sink,
+        on_nonfinite=on_nonfinite,  # type: ignore[arg-type]
+        backend=backend or "auto",
+        device=computer,
+    )
     if outcome.nonfinite and on_nonfinite == "warn":
         warnings.warn(_nonfinite_sentence(outcome), stacklevel=2)
     return sink.tensors
+
+
+def _place_together(place: torch.device | None, sources: Sequence[StateDictSource]) -> torch.device:
+    """Where tensors are merged that may be in several places."""
+    elsewhere = {where: (source.ref, name) for source in sources for where, name in source.places.items()}
+    gpus = [where for where in elsewhere if where.type != "cpu"]
+    if place is None:
+        place = gpus[0] if gpus else torch.device("cpu")
+    for where in gpus:
+        if where != place:
+            ref, name = elsewhere[where]
+            raise ArgumentError(
+                f"{name!r} of {ref} is on {where}, but the merge is on {place}; move it there with .to({str(place)!r})."
+            )
+    return place
+
+
+def _dict_sink(plan: Plan, device: Device) -> DictSink:
+    try:
+        return DictSink(plan, device.place)
+    except RuntimeError as error:
+        told = device.explain(error)
+        if told is None:
+            raise
+        raise told from error
 
 
 def _fixed_parameters(method: methods.Method, given: Mapping[str, Any], models: int) -> Any:
@@ -146,8 +198,9 @@ def merge_checkpoints(
     config: Path | str | Mapping[str, Any],
     out: Path | str,
     *,
-    device: str = "auto",
+    device: torch.device | str = "auto",
     memory_budget: str | int = "4GiB",
+    gpu_memory: str | int | None = None,
     shard_size: str | int = "5GB",
     numerics: str = "fp32",
     seed: int = 0,
@@ -162,14 +215,16 @@ def merge_checkpoints(
     Args:
         config: a YAML file, YAML text or a dict, in mergekit's `models:` form.
         out: the directory to make: absent, or an empty directory. It appears when everything is on the disk.
-        device: "auto" or "cpu".
+        device: where to compute: "auto" (a GPU if the triton backend works on one, else the CPU), "cpu", "cuda" or
+            "cuda:1".
         memory_budget: bytes of buffers, such as "4GiB" or an int; Python and torch themselves come on top.
+        gpu_memory: bytes that may be taken of a GPU; None for 80 % of what is free. Models and tensors may be larger.
         shard_size: most bytes per output file.
         numerics: "fp32", or "mergekit" to round as mergekit does.
         seed: of the random methods.
         on_nonfinite: "error" where an input holds NaN or Inf, "warn" to count them in the report, or "zero" to merge
             zeros in their place.
-        backend: None or "auto" (the fastest that works), "cpu" or "reference".
+        backend: None or "auto" (the fastest that works), "triton", "cpu" or "reference".
         threads: of the kernels; None for all that the process may use.
         statistics: where statistics of the whole model are kept for the next merge of the same models, which need not
             find them again (None: `OUT.statistics.json`). Only methods that need some write it.
@@ -180,17 +235,18 @@ def merge_checkpoints(
 
     Raises:
         ConfigError, CheckpointError, ArgumentError: found before any tensor is read.
-        MergeError: the merge failed; nothing half-written is left. Ctrl-C leaves nothing either.
+        MergeError: the merge failed, or the GPU did; nothing half-written is left. Ctrl-C leaves nothing either.
     """
     began = time.perf_counter()
     settings = load_config(config)
     with ExitStack() as stack:
-        opened, plan = _open_and_plan(
-            stack, settings, device, memory_budget, shard_size, numerics, seed, on_nonfinite, backend
+        opened, plan, computer = _open_and_plan(
+            stack, settings, device, memory_budget, gpu_memory, shard_size, numerics, seed, on_nonfinite, backend
         )
         plan, kept = _with_statistics(plan, opened, _statistics_path(statistics, out), on_nonfinite)
-        kernels = backends.resolve(backend)
-        stack.enter_context(_threads(kernels, threads))
+        kernels = backends.resolve(backend, computer.place)
+        on_host = backends.resolve(host_backend(backend or "auto"), "cpu") if computer.stages else kernels
+        stack.enter_context(_threads(on_host, threads))
         first = opened[0]
         writer = ModelWriter(
             Path(out),
@@ -208,6 +264,7 @@ def merge_checkpoints(
                 on_nonfinite=on_nonfinite,  # type: ignore[arg-type]
                 backend=backend or "auto",
                 progress=progress,
+                device=computer,
             )
             finishing = time.perf_counter()
             name = backends.name_of(kernels)
@@ -257,6 +314,7 @@ def merge_checkpoints(
         nonfinite=outcome.nonfinite,
         digest=digest,
         backend=name,
+        device=computer.name,
         notes=notes,
         copy_fraction=None if bandwidth is None else copy_fraction(moved, ended - started, bandwidth),
     )
@@ -266,8 +324,9 @@ def plan_checkpoints(
     config: Path | str | Mapping[str, Any],
     out: Path | str | None = None,
     *,
-    device: str = "auto",
+    device: torch.device | str = "auto",
     memory_budget: str | int = "4GiB",
+    gpu_memory: str | int | None = None,
     shard_size: str | int = "5GB",
     numerics: str = "fp32",
     seed: int = 0,
@@ -281,8 +340,9 @@ def plan_checkpoints(
     checked, too.
     """
     with ExitStack() as stack:
-        opened, plan = _open_and_plan(
-            stack, load_config(config), device, memory_budget, shard_size, numerics, seed, on_nonfinite, backend
+        settings = load_config(config)
+        opened, plan, _ = _open_and_plan(
+            stack, settings, device, memory_budget, gpu_memory, shard_size, numerics, seed, on_nonfinite, backend
         )
         plan, _ = _with_statistics(plan, opened, _statistics_path(statistics, out), on_nonfinite)
         if out is not None:
@@ -326,18 +386,27 @@ def _with_statistics(
 def _open_and_plan(
     stack: ExitStack,
     config: MergeConfig,
-    device: str,
+    device: torch.device | str,
     memory_budget: str | int,
+    gpu_memory: str | int | None,
     shard_size: str | int,
     numerics: str,
     seed: int,
     on_nonfinite: str,
     backend: str | None,
-) -> tuple[list[Checkpoint], Plan]:
+) -> tuple[list[Checkpoint], Plan, Device]:
     """Check everything that needs no model, open the models, and plan. The first one opened says what is taken over."""
-    _check_device(None if device == "auto" else device)
-    _check_common(numerics, seed, on_nonfinite, backend)
+    _check_common(numerics, seed, on_nonfinite)
     budget = parse_size(memory_budget, name="memory_budget")
+    gpu_budget = None if gpu_memory is None else parse_size(gpu_memory, name="gpu_memory")
+    place = place_of(device, backend)
+    kernels = backends.resolve(backend, place)
+    computer = open_device(place)
+    if computer.stages:
+        fresh.release()
+        gpu_budget = int(GPU_MEMORY_SHARE * computer.free_bytes()) if gpu_budget is None else gpu_budget
+    else:
+        gpu_budget = None
     shard_bytes = parse_size(shard_size, name="shard_size")
     method, entries = _check_method(config)
 
@@ -366,11 +435,16 @@ def _open_and_plan(
             out_dtype=_dtype(config.out_dtype),
             exclude=config.exclude,
             backend=backend or "auto",
+            device=computer.name,
+            gpu_budget=gpu_budget,
         )
     except methods.ParameterError as error:
         raise ConfigError(f"{_where(config, entries, error)}: {error}") from None
     plan.notes.extend(_notes(config, entries, known))
-    return opened, plan
+    if computer.stages and backends.name_of(kernels) == "reference" and backend != "reference":
+        reason = " ".join(str(backends.reason("triton")).split())
+        plan.notes.append(f"the triton backend does not work here ({reason}): plain torch computes, much more slowly.")
+    return opened, plan, computer
 
 
 def _notes(config: MergeConfig, entries: Sequence[ModelEntry], known: Mapping[str, Any]) -> list[str]:
@@ -481,27 +555,13 @@ def _card_info(config: MergeConfig, plan: Plan, digest: str, out: Path) -> dict[
 # -- arguments
 
 
-def _check_common(numerics: str, seed: int, on_nonfinite: str, backend: str | None) -> None:
+def _check_common(numerics: str, seed: int, on_nonfinite: str) -> None:
     if numerics not in NUMERICS:
         raise ArgumentError(f"numerics must be one of {', '.join(NUMERICS)}, not {numerics!r}.")
     if on_nonfinite not in ON_NONFINITE:
         raise ArgumentError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}, not {on_nonfinite!r}.")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ArgumentTypeError(f"seed must be an int, not {seed!r}.")
-    backends.resolve(backend)
-
-
-def _check_device(device: torch.device | str | None) -> None:
-    if device is None:
-        return
-    try:
-        kind = torch.device(device).type
-    except (RuntimeError, TypeError):
-        raise ArgumentError(f"device must be None or 'cpu', not {device!r}.") from None
-    if kind != "cpu":
-        raise ArgumentError(
-            f"device {str(device)!r} is not supported in this version; merge on the CPU (device='cpu')."
-        )
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

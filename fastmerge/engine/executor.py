@@ -2,7 +2,10 @@
 
 Three threads. The reader fills blocks of budgeted memory with the inputs and counts NaN and Inf in each piece while it
 is in the cache; the calling thread gathers statistics and merges; the writer hands merged pieces to the sink. They
-share one lock, which guards the two arenas and the two queues. Whatever goes wrong in any of them stops all three.
+share one lock, which guards the arenas and the two queues. Whatever goes wrong in any of them stops all three.
+
+On a GPU the reader sends what it reads up, the calling thread tells the GPU what to compute and to send down, and the
+writer waits for that; `staging.py` has the order in which memory is used, which is the GPU's and not the threads'.
 """
 
 from __future__ import annotations
@@ -10,38 +13,33 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 
 from fastmerge import ops
 from fastmerge.backends.rule import SparsifyRule
-from fastmerge.engine.buffers import Arena, Block, aligned
-from fastmerge.engine.matching import Input
-from fastmerge.engine.plan import AHEAD_BYTES, PIECE_SLACK, READ_BYTES, Job, Load, Plan
+from fastmerge.engine.buffers import Arena, Block, Event, aligned
+from fastmerge.engine.device import COMPUTE, UP, Device, HostDevice, host_backend
+from fastmerge.engine.gathering import Gathering
+from fastmerge.engine.nonfinite import Counts, Nonfinite, OnNonfinite
+from fastmerge.engine.plan import AHEAD_BYTES, PIECE_SLACK, Job, Load, Plan
+from fastmerge.engine.reader import Reader
 from fastmerge.engine.report import copy_bandwidth
-from fastmerge.engine.sources import TORCH_DTYPES, StateDictSource
+from fastmerge.engine.sinks import DictSink, Sink
+from fastmerge.engine.sources import TORCH_DTYPES
+from fastmerge.engine.staging import Staging
 from fastmerge.errors import MergeError
 from fastmerge.methods.base import Chunk, Statistic
 
-OnNonfinite = Literal["error", "warn", "zero"]
-Counts = dict[str, dict[str, tuple[int, int]]]
+__all__ = ["DictSink", "Outcome", "ProgressLike", "Sink", "execute"]
 
 _MOST_LOADS = 16
 _FULL_LOADS = 2
-
-
-class Sink(Protocol):
-    """Where merged tensors go."""
-
-    def target(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Memory of its own for elements [start, stop) to be merged into, or None if `write` shall bring them."""
-
-    def write(self, name: str, start_byte: int, data: memoryview) -> None:
-        """Take bytes of a tensor; those of one tensor come in rising order. Called from one thread."""
 
 
 class ProgressLike(Protocol):
@@ -78,60 +76,36 @@ class _StoppedError(Exception):
 
 @dataclass
 class _Filled:
-    """A load whose inputs are in memory."""
+    """A load whose inputs are in memory. ready: what a device must have come to before they are there."""
 
     load: Load
     block: Block | None
     tensors: list[torch.Tensor]
+    ready: Event | None = None
 
 
 @dataclass
 class _Merged:
-    """A merged piece on its way to the sink."""
+    """A merged piece on its way to the sink. ready: what a device must have come to before it is there."""
 
     name: str
     start_byte: int
     block: Block
     nbytes: int
+    ready: Event | None = None
 
 
 @dataclass
-class _Progressing:
-    """What is known about the tensor at hand, or about the whole model (job None)."""
+class _Target:
+    """Where a piece is merged to.
 
-    job: Job | None
-    statistics: list[Statistic]
-    known: dict[str, Any] = field(default_factory=dict)
-    state: Any = None
-    finished: int = 0
-    sample: Chunk | None = None
+    result: `out`, or of another dtype that is yet to be converted. block: what the writer gives back, or on a device,
+    from where the piece is yet to be brought down.
+    """
 
-    @property
-    def wanted(self) -> Statistic | None:
-        """The statistic that this sweep gathers; None when it merges."""
-        while self.finished < len(self.statistics):
-            statistic = self.statistics[self.finished]
-            if statistic.name not in self.known and statistic.needed(self.known):
-                return statistic
-            self.finished += 1
-        return None
-
-    def observe(self, statistic: Statistic, chunk: Chunk, first: bool) -> None:
-        """Let it see one chunk; before the first one, the sample."""
-        if first:
-            if statistic.samples and self.sample is not None:
-                statistic.prepare(self.sample, self.known)
-            self.state = statistic.observe(chunk, self.known)
-        else:
-            self.state = statistic.extend(self.state, chunk, self.known)
-
-    def finish(self, statistic: Statistic, state: Any) -> None:
-        """Its state is complete."""
-        result = statistic.finish(state, self.known)
-        if result is not None:
-            self.known[statistic.name] = result
-        self.state = None
-        self.finished += 1
+    out: torch.Tensor
+    result: torch.Tensor
+    block: Block | None
 
 
 def execute(
@@ -141,44 +115,52 @@ def execute(
     on_nonfinite: OnNonfinite = "error",
     backend: str = "auto",
     progress: ProgressLike | None = None,
+    device: Device | None = None,
 ) -> Outcome:
     """Carry a plan out.
 
     on_nonfinite: "error" stops at the first tensor that holds NaN or Inf, "warn" counts them, "zero" merges zeros in
-    their place. Raises MergeError naming model and tensor; whatever another thread or the caller's Ctrl-C raised goes
-    on to the caller once all threads have ended.
+    their place. device: where to compute, None for the host. Raises MergeError naming model and tensor, or a device
+    that failed; whatever another thread or the caller's Ctrl-C raised goes on to the caller once all threads have
+    ended.
     """
-    return _Execution(plan, sink, on_nonfinite, backend, progress).run()
+    return _Execution(plan, sink, on_nonfinite, backend, progress, device).run()
 
 
 class _Execution:
     """One run: the shared state and the three threads' bodies."""
 
     def __init__(
-        self, plan: Plan, sink: Sink, on_nonfinite: OnNonfinite, backend: str, progress: ProgressLike | None
+        self,
+        plan: Plan,
+        sink: Sink,
+        on_nonfinite: OnNonfinite,
+        backend: str,
+        progress: ProgressLike | None,
+        device: Device | None = None,
     ) -> None:
         self.plan = plan
         self.sink = sink
-        self.on_nonfinite = on_nonfinite
         self.backend = backend
         self.progress = progress
+        self.device: Device = HostDevice() if device is None else device
+        self.host_backend = host_backend(backend) if self.device.stages else backend
         self.changed = threading.Condition()
         self.failure: BaseException | None = None
-        self.in_arena = Arena(plan.in_bytes) if plan.in_bytes else None
-        self.out_arena = Arena(plan.out_bytes) if plan.out_bytes else None
+        self.in_arena: Arena | None = None
+        self.out_arena: Arena | None = None
+        self.staging: Staging | None = None
         self.filled: deque[_Filled | None] = deque()
         self.merged: deque[_Merged | None] = deque()
         self.loads_in_flight = 0
         self.bytes_in_flight = 0
-        self.nonfinite: Counts = {}
+        self.nonfinite = Nonfinite(on_nonfinite, backend, self.host_backend)
         self.seconds = {"reading": 0.0, "computing": 0.0, "writing": 0.0, "waiting": 0.0}
-        self.at_hand: _Progressing | None = None
-        self.model = _Progressing(None, plan.model_statistics, dict(plan.known))
+        self.at_hand: Gathering | None = None
+        self.model = Gathering(None, plan.model_statistics, dict(plan.known))
         self.sample_parts: list[list[torch.Tensor]] = []
         self.passes_done = 0
         self.pass_begins = True
-        self.checked: set[str] = set()
-        self.scratch = bytearray(0)
         self.bytes_read = 0
         self.elements_merged = 0
         # Of each job that may take a fallback: the last sweep whose purpose is known, and whether it merges.
@@ -193,25 +175,44 @@ class _Execution:
         if self.progress is not None:
             self.progress.begin(self.plan.bytes_read, self.plan.passes)
         try:
-            for thread in threads:
-                thread.start()
-            self._merge_all()
+            with self.device.working(COMPUTE):
+                self._allocate()
+                for thread in threads:
+                    thread.start()
+                self._merge_all()
             self._join(threads)
             if self.failure is not None:
                 raise self.failure
+            self.device.close(failed=False)
         except BaseException as error:
             self._fail(error)
             self._join(threads)
-            if isinstance(error, _StoppedError) and self.failure is not None:
-                raise self.failure from None
+            self.device.close(failed=True)
+            cause = self.failure if isinstance(error, _StoppedError) and self.failure is not None else error
+            told = self.device.explain(cause)
+            if told is not None:
+                raise told from cause
+            if cause is not error:
+                raise cause from None
             raise
         finally:
             if self.progress is not None:
                 self.progress.close()
-        outcome = Outcome(self.seconds, self.nonfinite, self.bytes_read, statistics=self.model.known)
-        if self.in_arena is not None:
-            outcome.copy_bandwidth = copy_bandwidth(self.in_arena.touched())
+        outcome = Outcome(self.seconds, self.nonfinite.counts, self.bytes_read, statistics=self.model.known)
+        if not self.plan.resident:
+            touched = self.in_arena.touched() if self.in_arena is not None else None
+            outcome.copy_bandwidth = copy_bandwidth(touched)
         return outcome
+
+    def _allocate(self) -> None:
+        plan = self.plan
+        if plan.in_bytes:
+            self.in_arena = Arena(plan.in_bytes)
+        if plan.out_bytes:
+            pinned = None if plan.gpu is None else self.device.pinned(aligned(plan.out_bytes))
+            self.out_arena = Arena(plan.out_bytes, pinned)
+        if plan.gpu is not None:
+            self.staging = Staging(plan.gpu, self.device)
 
     # -- the lock, and what waits on it
 
@@ -232,7 +233,7 @@ class _Execution:
     @staticmethod
     def _join(threads: list[threading.Thread]) -> None:
         for thread in threads:
-            while thread.is_alive():
+            while thread.ident is not None and thread.is_alive():
                 # A second Ctrl-C must not leave a thread behind that writes into a directory being removed.
                 with suppress(KeyboardInterrupt):
                     thread.join()
@@ -261,15 +262,22 @@ class _Execution:
     # -- reading
 
     def _read_all(self) -> None:
-        for load in self.plan.loads(self._another_sweep, self._another_pass):
-            block = self._room_for(load)
-            began = time.perf_counter()
-            filled = _Filled(load, block, self._fill(load, block))
-            self.seconds["reading"] += time.perf_counter() - began
-            if load.stop == load.job.numel and not load.sample:
-                self.checked.add(load.job.name)
-            self._put(self.filled, filled)
+        reader = Reader(self.plan, self.nonfinite, self.device, self.staging, self._go_on)
+        with self.device.working(UP):
+            for load in self.plan.loads(self._another_sweep, self._another_pass):
+                block = self._room_for(load)
+                began = time.perf_counter()
+                tensors, ready = reader.fill(load, block)
+                self.seconds["reading"] += time.perf_counter() - began
+                self._put(self.filled, _Filled(load, block, tensors, ready))
+        if self.staging is not None:
+            self.seconds["reading"] -= self.staging.slots.waited
+        self.bytes_read = reader.bytes_read
         self._put(self.filled, None)
+
+    def _go_on(self) -> None:
+        if self.failure is not None:
+            raise _StoppedError
 
     def _another_sweep(self, job: Job, sweep: int) -> bool:
         """Whether this sweep is needed, once it is known what the one before it is for."""
@@ -293,14 +301,17 @@ class _Execution:
     def _room_for(self, load: Load) -> Block | None:
         """Wait until this load may be read: few enough are in flight, and there is a free place of its size."""
         nbytes = load.nbytes
+        arena = self.in_arena
+        if self.staging is not None and self.plan.staged(load):
+            arena = self.staging.inputs
 
         def admit() -> tuple[Block | None] | None:
             few = self.loads_in_flight < _FULL_LOADS
             small = self.loads_in_flight < _MOST_LOADS and self.bytes_in_flight + nbytes <= AHEAD_BYTES
             if not few and not small:
                 return None
-            block = self.in_arena.take(nbytes) if self.in_arena is not None else None
-            if self.in_arena is not None and block is None:
+            block = arena.take(nbytes) if arena is not None else None
+            if arena is not None and block is None:
                 return None
             self.loads_in_flight += 1
             self.bytes_in_flight += nbytes
@@ -308,97 +319,6 @@ class _Execution:
 
         admitted: tuple[Block | None] = self._wait(admit)
         return admitted[0]
-
-    def _fill(self, load: Load, block: Block | None) -> list[torch.Tensor]:
-        tensors = []
-        offset = 0
-        for one, dtype in zip(load.job.inputs, load.job.held, strict=True):
-            if isinstance(one.source, StateDictSource):
-                tensors.append(self._lend(load, one, one.source, dtype))
-                continue
-            assert block is not None
-            tensor = block.tensor(offset, dtype, load.numel)
-            self._read(load, one, dtype, tensor, block.memory(offset, load.numel * dtype.itemsize))
-            tensors.append(tensor)
-            offset += aligned(load.numel * dtype.itemsize)
-        return tensors
-
-    def _lend(self, load: Load, one: Input, source: StateDictSource, dtype: torch.dtype) -> torch.Tensor:
-        """A view of a tensor that is in memory; a copy where its dtype or its NaNs must change."""
-        whole = source.view(one.info)
-        runs = [whole[first : first + count] for first, count in load.spans]
-        lent = torch.cat(runs) if load.sample else runs[0]
-        tensor = lent.to(dtype)
-        found = self._count(load, one, tensor)
-        if found and self.on_nonfinite == "zero":
-            tensor = tensor.clone() if tensor.data_ptr() == lent.data_ptr() else tensor
-            _zero_nonfinite(tensor, self.backend)
-        if found and self.on_nonfinite == "error" and not load.sample:
-            rest = source.view(one.info)[load.stop :].to(dtype)
-            self._refuse_nonfinite(load, one, _nonfinite(rest, self.backend))
-        return tensor
-
-    def _read(self, load: Load, one: Input, dtype: torch.dtype, tensor: torch.Tensor, memory: memoryview) -> None:
-        stored = TORCH_DTYPES[one.info.dtype]
-        step = max(READ_BYTES // stored.itemsize, 1)
-        start = 0
-        for first, count in _pieces(load.spans, step):
-            if self.failure is not None:
-                raise _StoppedError
-            piece = tensor[start : start + count]
-            first_byte = first * stored.itemsize
-            if stored == dtype:
-                bytes_here = memory[start * dtype.itemsize : (start + count) * dtype.itemsize]
-                one.source.read_into(one.info, first_byte, bytes_here)
-            else:
-                if len(self.scratch) < count * stored.itemsize:
-                    self.scratch = bytearray(step * stored.itemsize)
-                one.source.read_into(one.info, first_byte, memoryview(self.scratch)[: count * stored.itemsize])
-                piece.copy_(torch.frombuffer(self.scratch, dtype=stored, count=count))
-            self.bytes_read += count * stored.itemsize
-            if self._count(load, one, piece) and self.on_nonfinite == "zero":
-                _zero_nonfinite(piece, self.backend)
-            start += count
-        if self.on_nonfinite == "error" and load.job.name in self.nonfinite.get(one.source.ref, {}):
-            self._refuse_nonfinite(load, one, self._count_rest(load, one, dtype))
-
-    # -- NaN and Inf
-
-    def _count(self, load: Load, one: Input, piece: torch.Tensor) -> bool:
-        """Whether the piece holds NaN or Inf; counted when it is read for the first time."""
-        if not piece.is_floating_point():
-            return False
-        before = self.nonfinite.get(one.source.ref, {})
-        if load.job.name in self.checked and load.job.name not in before:
-            return False
-        nan, inf = _nonfinite(piece, self.backend)
-        if not nan and not inf:
-            return False
-        if load.job.name not in self.checked and not load.sample:
-            counts = self.nonfinite.setdefault(one.source.ref, {})
-            so_far = counts.get(load.job.name, (0, 0))
-            counts[load.job.name] = (so_far[0] + nan, so_far[1] + inf)
-        return True
-
-    def _count_rest(self, load: Load, one: Input, dtype: torch.dtype) -> tuple[int, int]:
-        """Read what comes after this load, so that the message is about the whole tensor."""
-        total = (0, 0)
-        stored = TORCH_DTYPES[one.info.dtype]
-        step = max(READ_BYTES // stored.itemsize, 1)
-        buffer = bytearray(step * stored.itemsize)
-        for start in range(load.stop, one.info.numel, step):
-            count = min(step, one.info.numel - start)
-            one.source.read_into(one.info, start * stored.itemsize, memoryview(buffer)[: count * stored.itemsize])
-            nan, inf = _nonfinite(torch.frombuffer(buffer, dtype=stored, count=count).to(dtype), self.backend)
-            total = (total[0] + nan, total[1] + inf)
-        return total
-
-    def _refuse_nonfinite(self, load: Load, one: Input, rest: tuple[int, int]) -> None:
-        nan, inf = self.nonfinite[one.source.ref][load.job.name]
-        raise MergeError(
-            f"Tensor {one.info.name!r} of {one.source.ref} holds {nan + rest[0]} NaN and {inf + rest[1]} Inf; mend the "
-            "model, or merge with on_nonfinite warn (count them) or zero (put zeros in their place)."
-        )
 
     # -- merging
 
@@ -411,13 +331,15 @@ class _Execution:
             if filled is None:
                 break
             waiting_before = self.seconds["waiting"]
+            if filled.ready is not None:
+                self.device.wait(COMPUTE, filled.ready)
             self._merge_load(filled)
             waited_inside = self.seconds["waiting"] - waiting_before
             self.seconds["computing"] += time.perf_counter() - waited - waited_inside
             load = filled.load
             with self.changed:
                 if filled.block is not None:
-                    filled.block.arena.give(filled.block)
+                    self._give_back(load, filled.block)
                 self.loads_in_flight -= 1
                 self.bytes_in_flight -= load.nbytes
                 self.changed.notify_all()
@@ -428,6 +350,12 @@ class _Execution:
         if missing:
             raise MergeError(f"{missing} elements were not merged; this is a mistake in fastmerge, please report it.")
         self._put(self.merged, None)
+
+    def _give_back(self, load: Load, block: Block) -> None:
+        if self.staging is not None and self.plan.staged(load):
+            self.staging.used(block)
+        else:
+            block.arena.give(block)
 
     def _merge_load(self, filled: _Filled) -> None:
         job = filled.load.job
@@ -445,27 +373,25 @@ class _Execution:
             return
         if self.at_hand is None or self.at_hand.job is not job:
             needed = self.plan.method.statistics(job.context, whole=job.whole)
-            self.at_hand = _Progressing(job, needed, dict(self.model.known))
+            self.at_hand = Gathering(job, needed, dict(self.model.known))
         at_hand = self.at_hand
         if filled.load.sample:
             at_hand.sample = chunk.clone()
             return
-        wanted = at_hand.wanted
-        while job.whole and wanted is not None:
-            at_hand.finish(wanted, wanted.observe(chunk, at_hand.known))
-            wanted = at_hand.wanted
-        if wanted is not None:
+        if job.whole:
+            self.device.run(partial(at_hand.observe_whole, chunk), chunk.tensors, ())
+        elif (wanted := at_hand.wanted) is not None:
             self._observe(at_hand, wanted, filled.load, chunk)
             return
         for start in range(0, chunk.numel, job.piece):
             part = chunk.part(start, min(start + job.piece, chunk.numel))
             self._merge_piece(at_hand, part)
 
-    def _observe(self, at_hand: _Progressing, statistic: Statistic, load: Load, chunk: Chunk) -> None:
+    def _observe(self, at_hand: Gathering, statistic: Statistic, load: Load, chunk: Chunk) -> None:
         """Let the sweep's statistic see one chunk of a tensor that is cut."""
-        at_hand.observe(statistic, chunk, first=load.start == 0)
+        self.device.run(partial(at_hand.observe, statistic, chunk, load.start == 0), chunk.tensors, ())
         if load.stop == load.job.numel:
-            at_hand.finish(statistic, at_hand.state)
+            self.device.fetch(partial(at_hand.finish, statistic))
             with self.changed:
                 self.decided[load.job.name] = (load.sweep + 1, at_hand.wanted is None)
                 self.changed.notify_all()
@@ -473,8 +399,7 @@ class _Execution:
     def _observe_model(self, load: Load, chunk: Chunk) -> None:
         """Let the pass's statistic see one chunk of the model, or put a part of the sample by."""
         if load.sample:
-            tensors = chunk.models if chunk.base is None else [chunk.base, *chunk.models]
-            self.sample_parts.append([tensor.float() for tensor in tensors])
+            self.sample_parts.append([tensor.float() for tensor in chunk.tensors])
             return
         if self.sample_parts:
             inputs = [torch.cat(parts) for parts in zip(*self.sample_parts, strict=True)]
@@ -483,31 +408,31 @@ class _Execution:
             self.sample_parts = []
         statistic = self.model.wanted
         assert statistic is not None
-        self.model.observe(statistic, chunk, first=self.pass_begins)
+        self.device.run(partial(self.model.observe, statistic, chunk, self.pass_begins), chunk.tensors, ())
         self.pass_begins = load.last
         if load.last:
-            self.model.finish(statistic, self.model.state)
+            self.device.fetch(partial(self.model.finish, statistic))
             with self.changed:
                 self.passes_done += 1
                 if self.model.wanted is None:
                     self.model.sample = None
                 self.changed.notify_all()
 
-    def _merge_piece(self, at_hand: _Progressing, part: Chunk) -> None:
+    def _merge_piece(self, at_hand: Gathering, part: Chunk) -> None:
+        job = at_hand.job
+        assert job is not None
+        target = self._target(job, part.offset, part.numel)
+        work = partial(self._merge_chunk, at_hand, part, target)
+        self.device.run(work, part.tensors, (target.out, target.result))
+        self._deliver(job, part.offset, part.numel, target)
+
+    def _merge_chunk(self, at_hand: Gathering, part: Chunk, target: _Target) -> None:
+        """What is computed of a piece; on a device, whenever it comes to that."""
         job = at_hand.job
         assert job is not None and job.context is not None
-        target, block = self._target(job, part.offset, part.numel)
-        if job.merged == job.out:
-            self.plan.method.merge(job.context, part, at_hand.known, target)
-        else:
-            if block is None:
-                result = torch.empty(part.numel, dtype=job.merged)
-            else:
-                behind = -(-part.numel * job.out.itemsize // PIECE_SLACK) * PIECE_SLACK
-                result = block.tensor(behind, job.merged, part.numel)
-            self.plan.method.merge(job.context, part, at_hand.known, result)
-            _convert(result, target, self.backend)
-        self._deliver(job, part.offset, part.numel, block)
+        self.plan.method.merge(job.context, part, at_hand.known, target.result)
+        if target.result is not target.out:
+            _convert(target.result, target.out, self.backend)
 
     def _copy(self, filled: _Filled) -> None:
         """Tensors that are not merged: the first input, which must equal the others if there are any."""
@@ -521,32 +446,64 @@ class _Execution:
                 )
         for start in range(0, load.numel, job.piece):
             part = first[start : start + job.piece]
-            target, block = self._target(job, load.start + start, part.numel())
+            target = self._host_target(job, load.start + start, part.numel())
             if job.merged == job.out:
-                target.copy_(part)
+                target.out.copy_(part)
             else:
-                _convert(part, target, self.backend)
-            self._deliver(job, load.start + start, part.numel(), block)
+                there = target.out if part.device == target.out.device else torch.empty_like(part, dtype=job.out)
+                _convert(part, there, self.host_backend if part.device.type == "cpu" else self.backend)
+                if there is not target.out:
+                    target.out.copy_(there)
+            self._deliver_here(job, load.start + start, part.numel(), target.block)
 
-    def _target(self, job: Job, offset: int, numel: int) -> tuple[torch.Tensor, Block | None]:
-        """Where to merge to: the sink's own memory, or a block that the writer gives back."""
-        target = self.sink.target(job.name, offset, offset + numel)
-        if target is not None:
-            return target, None
-        nbytes = numel * job.out.itemsize
-        if job.merged != job.out:
-            nbytes += PIECE_SLACK + numel * job.merged.itemsize
+    # -- where merged pieces go
+
+    def _target(self, job: Job, offset: int, numel: int) -> _Target:
+        """Where to merge to: the sink's own memory, or a block that the writer gives back or that is brought down."""
+        out = self.sink.target(job.name, offset, offset + numel)
+        differs = job.merged != job.out
+        if out is not None:
+            result = torch.empty(numel, dtype=job.merged, device=out.device) if differs else out
+            return _Target(out, result, None)
+        behind = -(-numel * job.out.itemsize // PIECE_SLACK) * PIECE_SLACK
+        nbytes = behind + numel * job.merged.itemsize if differs else numel * job.out.itemsize
+        block = self._out_block(nbytes) if self.staging is None else self.staging.merged_into(nbytes)
+        out = block.tensor(0, job.out, numel)
+        return _Target(out, block.tensor(behind, job.merged, numel) if differs else out, block)
+
+    def _host_target(self, job: Job, offset: int, numel: int) -> _Target:
+        """The same of what is only copied: it does not go by way of a device."""
+        out = self.sink.target(job.name, offset, offset + numel)
+        block = None
+        if out is None:
+            block = self._out_block(numel * job.out.itemsize)
+            out = block.tensor(0, job.out, numel)
+        return _Target(out, out, block)
+
+    def _out_block(self, nbytes: int) -> Block:
+        """Wait for room for what the writer shall write."""
         arena = self.out_arena
         assert arena is not None
         began = time.perf_counter()
         block: Block = self._wait(lambda: arena.take(nbytes))
         self.seconds["waiting"] += time.perf_counter() - began
-        return block.tensor(0, job.out, numel), block
+        return block
 
-    def _deliver(self, job: Job, offset: int, numel: int, block: Block | None) -> None:
+    def _deliver(self, job: Job, offset: int, numel: int, target: _Target) -> None:
+        """Hand a merged piece to the writer, by way of pinned memory if it is on a device."""
+        if self.staging is None or target.block is None:
+            self._deliver_here(job, offset, numel, target.block)
+            return
+        nbytes = numel * job.out.itemsize
+        block = self._out_block(nbytes)
+        ready = self.staging.bring_down(target.block, block, nbytes)
+        self._deliver_here(job, offset, numel, block, ready)
+
+    def _deliver_here(self, job: Job, offset: int, numel: int, block: Block | None, ready: Event | None = None) -> None:
         self.elements_merged += numel
         if block is not None:
-            self._put(self.merged, _Merged(job.name, offset * job.out.itemsize, block, numel * job.out.itemsize))
+            merged = _Merged(job.name, offset * job.out.itemsize, block, numel * job.out.itemsize, ready)
+            self._put(self.merged, merged)
 
     # -- writing
 
@@ -555,6 +512,8 @@ class _Execution:
             piece = self._get(self.merged)
             if piece is None:
                 return
+            if piece.ready is not None:
+                piece.ready.synchronize()
             began = time.perf_counter()
             self.sink.write(piece.name, piece.start_byte, piece.block.memory(0, piece.nbytes))
             self.seconds["writing"] += time.perf_counter() - began
@@ -563,46 +522,8 @@ class _Execution:
                 self.changed.notify_all()
 
 
-def _pieces(spans: list[tuple[int, int]], step: int) -> Iterator[tuple[int, int]]:
-    """The runs, cut where they are longer than `step`."""
-    for first, count in spans:
-        for start in range(0, count, step):
-            yield first + start, min(step, count - start)
-
-
-class DictSink:
-    """Merged tensors in memory. They are allocated when first asked for, so that none is an alias of an input."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        for job in plan.jobs:
-            self.tensors[job.name] = torch.empty(job.shape, dtype=job.out)
-
-    def target(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """The place of these elements in the result."""
-        return self.tensors[name].view(-1)[start:stop]
-
-    def write(self, name: str, start_byte: int, data: memoryview) -> None:
-        """Never called: everything is merged in place."""
-        raise AssertionError("tensors in memory are merged in place")
-
-
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
-
-
-def _nonfinite(x: torch.Tensor, backend: str) -> tuple[int, int]:
-    if x.dtype == torch.float64:
-        return int(x.isnan().sum()), int(x.isinf().sum())
-    nan, inf = ops.count_nonfinite(x, backend=backend).tolist()
-    return nan, inf
-
-
-def _zero_nonfinite(x: torch.Tensor, backend: str) -> None:
-    if x.dtype == torch.float64:
-        x.masked_fill_(~x.isfinite(), 0.0)
-    else:
-        ops.zero_nonfinite_(x, backend=backend)
+    return torch.equal(one.view(torch.uint8), other.to(one.device).view(torch.uint8))
 
 
 def _convert(source: torch.Tensor, target: torch.Tensor, backend: str) -> None:

@@ -71,6 +71,14 @@ def prepare(nbytes: int) -> None:
             _ready = _Ready(nbytes)
 
 
+def release() -> None:
+    """Give back what was made ready: the merge reads elsewhere."""
+    global _ready
+    if _ready is not None:
+        ready, _ready = _ready, None
+        ready.take().close()
+
+
 def take(nbytes: int) -> mmap.mmap:
     """At least `nbytes` of zeros: what was made ready, if that is enough, or a fresh range."""
     global _ready

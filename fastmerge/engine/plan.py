@@ -11,14 +11,15 @@ import re
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from fastmerge import methods
 from fastmerge.backends.rule import TIE_BLOCK
-from fastmerge.engine.buffers import aligned
+from fastmerge.engine.buffers import ALIGNMENT, aligned
+from fastmerge.engine.device import host_backend
 from fastmerge.engine.matching import Input, Match, match_models
 from fastmerge.engine.sources import SAFETENSORS_NAMES, TORCH_DTYPES, Source, StateDictSource
 from fastmerge.engine.writer import OutputTensor, layout_shards
@@ -37,7 +38,7 @@ AHEAD_BYTES = 128 << 20
 OUT_BLOCKS = 3
 """Merged pieces in memory: one being made, one waiting, one being written."""
 
-PIECE_SLACK = 64
+PIECE_SLACK = 256
 """A merged piece that is yet to be converted lies behind the place of its output, at a multiple of so many bytes."""
 
 HELD_BYTES = 128 << 20
@@ -51,6 +52,18 @@ MODEL_SAMPLE = 1 << 20
 MODEL_SAMPLE_BYTES = 64 << 20
 MODEL_SAMPLE_RUN = 256
 """Elements of a sample of a whole model, memory for it as float32, and its runs: shorter, since there are more."""
+
+GPU_CHUNK_ELEMENTS = 1 << 23
+"""Elements merged at once on a GPU: enough to keep it busy for much longer than it takes to tell it."""
+STAGING_BYTES = 32 << 20
+"""Pinned slots, each for one read, through which inputs go to a GPU. A power of two, as torch rounds to one."""
+STATE_BYTES = 64 << 20
+STATE_BYTES_PER_MODEL = 2 << 20
+"""Allowed for what statistics count on a GPU: a window of keys and its copy, and histograms for each model. It is part
+of the GPU's budget where that is at least STATE_SHARE times as large, and on top of it where it is not."""
+STATE_SHARE = 4
+GPU_ALIGNED_ELEMENTS = 128
+"""Merged pieces begin at multiples of so many elements, so at multiples of 256 bytes, where rows allow it."""
 
 ParametersOf = Callable[[str], tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]]
 """Resolves a tensor's parameters: the shared ones, and those of each model in order."""
@@ -80,6 +93,7 @@ class Job:
     sampled: bool
     piece: int
     counted: bool = True
+    most_sampled: int = 0
 
     @property
     def name(self) -> str:
@@ -161,14 +175,37 @@ class Load:
 
 
 @dataclass(frozen=True)
+class GpuShare:
+    """What a merge takes of a GPU's memory, and how its inputs get there.
+
+    budget: bytes that may be taken. in_bytes, out_bytes: memory for loads and for merged pieces. state_bytes: allowed
+    for statistics, within the budget. staging_bytes, slot_bytes: pinned memory of the host for inputs on their way, and
+    how much of it goes at once.
+    """
+
+    budget: int
+    in_bytes: int
+    out_bytes: int
+    state_bytes: int
+    staging_bytes: int
+    slot_bytes: int
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of the GPU's memory at most."""
+        return self.in_bytes + self.out_bytes + self.state_bytes
+
+
+@dataclass(frozen=True)
 class Plan:
     """A merge, decided. `describe` says it to a person.
 
     outputs: the output's tensors in file order. jobs: what to do, in that order. resident: the inputs are in memory
-    already. in_bytes, out_bytes: memory for loads and for merged pieces. untied: config.json must say that the head is
-    not tied. notes: what a person should know. disk_free: bytes free where the output goes, if that is known.
-    model_statistics: what must be known about the whole model, each from a pass over it; known: results among them that
-    need not be found again.
+    already. in_bytes, out_bytes: memory for loads and for merged pieces; with a GPU, of the host's for what does not go
+    there, and for what comes back. device: where it is merged. gpu: how inputs are brought to a GPU. untied:
+    config.json must say that the head is not tied. notes: what a person should know. disk_free: bytes free where the
+    output goes, if that is known. model_statistics: what must be known about the whole model, each from a pass over it;
+    known: results among them that need not be found again.
     """
 
     method: Method
@@ -185,6 +222,13 @@ class Plan:
     disk_free: int | None = None
     model_statistics: list[Statistic] = field(default_factory=list)
     known: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    gpu: GpuShare | None = None
+
+    @property
+    def gpu_budget(self) -> int | None:
+        """Bytes of the GPU's memory that may be taken; None where nothing is brought to a GPU."""
+        return None if self.gpu is None else self.gpu.budget
 
     @property
     def counted(self) -> list[Job]:
@@ -225,7 +269,12 @@ class Plan:
     @property
     def peak_memory(self) -> int:
         """Bytes of buffers at most, to which Python and torch themselves are added."""
-        return self.in_bytes + self.out_bytes + 2 * READ_BYTES
+        staging = 0 if self.gpu is None else self.gpu.staging_bytes
+        return self.in_bytes + self.out_bytes + staging + 2 * READ_BYTES
+
+    def staged(self, load: Load) -> bool:
+        """Whether this load is brought to a GPU. Samples, and tensors that are only copied, stay on the host."""
+        return self.gpu is not None and load.job.context is not None and not load.sample
 
     def loads(
         self,
@@ -242,7 +291,7 @@ class Plan:
             if job.numel == 0:
                 continue
             if job.sampled:
-                yield Load(job, 0, 0, min(_sample_size(job.numel), job.cuts[1]), sample=True)
+                yield Load(job, 0, 0, min(_sample_size(job.numel), job.most_sampled), sample=True)
             for sweep in range(job.most_sweeps):
                 if sweep >= job.sweeps and not more(job, sweep):
                     break
@@ -259,7 +308,7 @@ class Plan:
             most = MODEL_SAMPLE_BYTES // (4 * max(len(job.inputs) for job in counted))
             fraction = min(1.0, min(MODEL_SAMPLE, most) / total)
             for job in counted:
-                size = min(max(1, round(job.numel * fraction)), job.cuts[1])
+                size = min(max(1, round(job.numel * fraction)), job.most_sampled)
                 yield Load(job, 0, 0, size, sample=True, run=MODEL_SAMPLE_RUN, model=True)
         done = 0
         while more_passes(done):
@@ -284,6 +333,9 @@ class Plan:
             "bytes_written": self.bytes_written,
             "memory_budget": self.budget,
             "peak_buffers": self.peak_memory,
+            "device": self.device,
+            "gpu_budget": self.gpu_budget,
+            "gpu_buffers": None if self.gpu is None else self.gpu.peak_memory,
             "disk_needed": self.bytes_written,
             "disk_free": self.disk_free,
             "shards": len(self.shards),
@@ -308,10 +360,17 @@ class Plan:
             f"to write       {format_size(self.bytes_written)} in {said['shards']} shard(s)",
             f"memory         {format_size(self.peak_memory, binary=True)} of buffers within a budget of "
             f"{format_size(self.budget, binary=True)}, and some 300 MiB for Python and torch",
+            *self._gpu_lines(),
             f"disk           {format_size(self.bytes_written)} needed"
             + ("" if self.disk_free is None else f", {format_size(self.disk_free)} free"),
             *(f"note           {note}" for note in self.notes),
         ]
+
+    def _gpu_lines(self) -> list[str]:
+        if self.gpu is None:
+            return []
+        peak, budget = (format_size(size, binary=True) for size in (self.gpu.peak_memory, self.gpu.budget))
+        return [f"gpu memory     {peak} of buffers on {self.device} within a budget of {budget}"]
 
 
 def make_plan(
@@ -329,10 +388,13 @@ def make_plan(
     exclude: Sequence[str] = (),
     backend: str = "auto",
     chunk_elements: int | None = None,
+    device: str = "cpu",
+    gpu_budget: int | None = None,
 ) -> Plan:
     """Decide a merge.
 
-    base: None for a method that takes none. models: without the base. budget: bytes of buffers. dtype, out_dtype: as in
+    base: None for a method that takes none. models: without the base. budget: bytes of buffers. device: where it is
+    merged. gpu_budget: bytes of a GPU's memory, if that is where inputs must be brought. dtype, out_dtype: as in
     the config: `dtype` is what mergekit's numerics compute in, and the output's dtype unless `out_dtype` is given.
     exclude: regular expressions; tensors whose name one of them finds are copied from the base (the first model where
     there is none). chunk_elements: cut every tensor into chunks of so many elements (tests).
@@ -346,15 +408,16 @@ def make_plan(
     if not models:
         raise CheckpointError("There is nothing to merge: every model given is the base; name at least one other.")
     matching = match_models(base, models, _excluder(exclude))
+    kernels = backend, backend if device == "cpu" else host_backend(backend)
     drafts = [
-        _draft(match, method, parameters_of, numerics, seed, dtype, out_dtype, backend) for match in matching.matches
+        _draft(match, method, parameters_of, numerics, seed, dtype, out_dtype, kernels) for match in matching.matches
     ]
     contexts = [draft.context for draft in drafts if draft.context is not None and not draft.match.again]
     wanted = method.model_statistics([context for context in contexts if context.numel])
     resident = isinstance(models[0], StateDictSource)
-    cutter = _Cutter(method, budget, resident, chunk_elements)
+    cutter = _Cutter(method, budget, resident, chunk_elements, len(models), device, gpu_budget)
     jobs, in_bytes, out_bytes = cutter.cut(drafts)
-    return Plan(
+    plan = Plan(
         method=method,
         numerics=numerics,
         seed=seed,
@@ -367,7 +430,13 @@ def make_plan(
         untied=matching.untied,
         notes=matching.notes,
         model_statistics=wanted,
+        device=device,
+        gpu=cutter.gpu_share(jobs),
     )
+    if plan.gpu is None or resident:
+        return plan
+    sampled = max((load.nbytes for load in plan.loads() if load.sample), default=0)
+    return replace(plan, in_bytes=max(in_bytes, sampled))
 
 
 def _sample_size(numel: int) -> int:
@@ -406,7 +475,7 @@ def _draft(
     seed: int,
     dtype: torch.dtype | None,
     out_dtype: torch.dtype | None,
-    backend: str,
+    kernels: tuple[str, str],
 ) -> _Draft:
     stored = tuple(TORCH_DTYPES[one.info.dtype] for one in match.inputs)
     if match.action == "same" or not stored[0].is_floating_point:
@@ -432,7 +501,8 @@ def _draft(
         compute=method.compute_dtype(meeting, numerics),
         numerics=numerics,
         seed=seed,
-        backend=backend,
+        backend=kernels[0],
+        host_backend=kernels[1],
     )
     method.check(context, labels)
     # The peer rounds to the dtype in which it computes and then converts; otherwise the output is rounded once.
@@ -457,31 +527,81 @@ def _narrowed(dtype: torch.dtype, meeting: torch.dtype) -> torch.dtype:
 
 
 class _Cutter:
-    """Divides the budget, and the tensors into loads that fit their share."""
+    """Divides the budgets, and the tensors into loads that fit their share.
 
-    def __init__(self, method: Method, budget: int, resident: bool, chunk_elements: int | None) -> None:
+    What is merged on a GPU is held there, and its budget says how much of it at once. The host's is for what passes by:
+    inputs on their way up, merged pieces on their way down, and tensors that are only copied.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        budget: int,
+        resident: bool,
+        chunk_elements: int | None,
+        models: int,
+        device: str,
+        gpu_budget: int | None,
+    ) -> None:
         self.method = method
         self.budget = budget
         self.resident = resident
         self.forced = chunk_elements
+        self.chunk = CHUNK_ELEMENTS if device == "cpu" else GPU_CHUNK_ELEMENTS
+        self.gpu_budget = gpu_budget
         self.sizes: list[int] = []
+        usable = budget - 2 * READ_BYTES if budget > 16 * READ_BYTES else budget
+        self.staging = self.state = self.gpu_usable = self.gpu_out = 0
+        if gpu_budget is not None:
+            self.staging = max(2 * ALIGNMENT, _power_of_two_within(min(STAGING_BYTES, usable // 4)))
+            state = STATE_BYTES + models * STATE_BYTES_PER_MODEL
+            self.state = state if gpu_budget >= STATE_SHARE * state else 0
+            self.gpu_usable = gpu_budget - self.state
+        self.usable = usable - self.staging
+        self.share = self.gpu_share_of_loads = 0
 
     def cut(self, drafts: Sequence[_Draft]) -> tuple[list[Job], int, int]:
-        """The jobs, and the memory for loads and for merged pieces."""
-        usable = self.budget - 2 * READ_BYTES if self.budget > 16 * READ_BYTES else self.budget
-        pieces = [self._piece(draft, usable) for draft in drafts]
+        """The jobs, and the host's memory for loads and for merged pieces."""
+        pieces = [self._piece(draft) for draft in drafts]
         sizes = [
             aligned(piece * self._out_itemsize(draft) + PIECE_SLACK)
             for draft, piece in zip(drafts, pieces, strict=True)
         ]
         largest = max(sizes, default=0)
-        out_bytes = max(largest, min(OUT_BLOCKS * largest, usable // 4))
-        share = usable - out_bytes
+        out_bytes = max(largest, min(OUT_BLOCKS * largest, self.usable // 4))
+        self.share = self.usable - out_bytes
+        if self.gpu_budget is not None:
+            out_bytes = max(_power_of_two_within(out_bytes), aligned(largest))
+            there = max((size for draft, size in zip(drafts, sizes, strict=True) if self._staged(draft)), default=0)
+            if not self.resident:
+                self.gpu_out = max(there, _whole_pages(min(OUT_BLOCKS * there, self.gpu_usable // 4)))
+            self.gpu_share_of_loads = self.gpu_usable - self.gpu_out
         self.sizes = sorted(self._held_bytes(draft) for draft in drafts)
-        jobs = [self._job(draft, piece, share) for draft, piece in zip(drafts, pieces, strict=True)]
+        jobs = [self._job(draft, piece) for draft, piece in zip(drafts, pieces, strict=True)]
         if self.resident:
             return jobs, 0, 0
-        return jobs, min(share, self._wanted(jobs)), out_bytes
+        here = jobs if self.gpu_budget is None else [job for job in jobs if job.context is None]
+        return jobs, min(self.share, self._wanted(here)) if here else 0, out_bytes
+
+    def gpu_share(self, jobs: Sequence[Job]) -> GpuShare | None:
+        """What is taken of the GPU."""
+        if self.gpu_budget is None:
+            return None
+        there = [(job, job.context) for job in jobs if job.context is not None and job.numel]
+        largest = max((job.load_bytes(job.cuts[1]) for job, _ in there), default=ALIGNMENT)
+        beside = max((self.method.workspace(context, job.cuts[1]) for job, context in there), default=0)
+        room = _whole_pages(self.gpu_share_of_loads - beside)
+        return GpuShare(
+            budget=self.gpu_budget,
+            in_bytes=max(largest, min(room, self._wanted([job for job, _ in there]))),
+            out_bytes=self.gpu_out,
+            state_bytes=self.state,
+            staging_bytes=self.staging,
+            slot_bytes=max(ALIGNMENT, _whole_pages(min(READ_BYTES, self.staging // 4))),
+        )
+
+    def _staged(self, draft: _Draft) -> bool:
+        return self.gpu_budget is not None and draft.context is not None
 
     @staticmethod
     def _out_itemsize(draft: _Draft) -> int:
@@ -490,26 +610,34 @@ class _Cutter:
     def _unit(self, draft: _Draft) -> int:
         return 1 if draft.context is None else self.method.cut_unit(draft.context)
 
-    def _piece(self, draft: _Draft, usable: int) -> int:
+    def _piece(self, draft: _Draft) -> int:
         """Elements to merge at once: a few MiB, fewer in a small budget; whole units, and tie blocks if possible."""
         numel = math.prod(draft.match.inputs[0].info.shape)
         unit = self._unit(draft)
-        most = self.forced or CHUNK_ELEMENTS
+        most = self.forced or self.chunk
+        held = sum(dtype.itemsize for dtype in draft.held)
         if not self.resident:
-            most = min(most, usable // (4 * OUT_BLOCKS * self._out_itemsize(draft)))
-            most = min(most, usable // (4 * sum(dtype.itemsize for dtype in draft.held)))
+            most = min(most, self.usable // (4 * OUT_BLOCKS * self._out_itemsize(draft)))
+        if self._staged(draft):
+            most = min(most, self.gpu_usable // (4 * OUT_BLOCKS * self._out_itemsize(draft)))
+            most = min(most, self.gpu_usable // (4 * (held + self._workspace(draft, 1024) // 1024)))
+        elif not self.resident:
+            most = min(most, self.usable // (4 * held))
         if not self.forced and most > TIE_BLOCK and unit == 1:
             most -= most % TIE_BLOCK
+        whole_lines = math.lcm(unit, GPU_ALIGNED_ELEMENTS)
+        if self._staged(draft) and not self.forced and most >= whole_lines:
+            unit = whole_lines
         return min(max(most // unit, 1) * unit, max(numel, 1))
 
-    def _job(self, draft: _Draft, piece: int, share: int) -> Job:
+    def _job(self, draft: _Draft, piece: int) -> Job:
         shape = draft.match.inputs[0].info.shape
         numel = math.prod(shape)
         sweeps = most_sweeps = 1
         sampled = False
         whole = True
         if draft.context is not None:
-            whole = numel <= piece or (not self.forced and self._fits_whole(draft, numel, piece, share))
+            whole = numel <= piece or (not self.forced and self._fits_whole(draft, numel, piece))
             if not whole:
                 needed = self.method.statistics(draft.context, whole=False)
                 sweeps += sum(not statistic.fallback for statistic in needed)
@@ -531,24 +659,51 @@ class _Cutter:
             sampled=sampled,
             piece=piece,
             counted=not draft.match.again,
+            most_sampled=self._most_sampled(draft, min(load, numel)),
         )
-        if not self.resident and job.load_bytes(min(load, numel)) > share:
-            raise ArgumentError(
-                f"memory_budget of {format_size(self.budget, binary=True)} is too small for {job.name}, of which "
-                f"{format_size(job.load_bytes(load), binary=True)} must be held at once; give at least "
-                f"{format_size(3 * job.load_bytes(load) + 2 * READ_BYTES, binary=True)}."
-            )
+        self._check_fits(draft, job, min(load, numel))
         return job
 
-    def _fits_whole(self, draft: _Draft, numel: int, piece: int, share: int) -> bool:
+    def _most_sampled(self, draft: _Draft, load: int) -> int:
+        """A sample is read where a load is; if that is on the GPU, there must be room on the host."""
+        if self.gpu_budget is None or self.resident:
+            return load
+        room = self.share - len(draft.held) * ALIGNMENT
+        return max(1, min(load, room // sum(dtype.itemsize for dtype in draft.held)))
+
+    def _check_fits(self, draft: _Draft, job: Job, load: int) -> None:
+        held = job.load_bytes(load) + self._workspace(draft, load)
+        if self._staged(draft):
+            name, budget, share = "gpu_memory", self.gpu_budget or 0, self.gpu_share_of_loads
+        elif self.resident:
+            return
+        else:
+            name, budget, share = "memory_budget", self.budget, self.share
+        if held > share:
+            least = 3 * held + (self.state if self._staged(draft) else 2 * READ_BYTES)
+            raise ArgumentError(
+                f"{name} of {format_size(budget, binary=True)} is too small for {job.name}, of which "
+                f"{format_size(held, binary=True)} must be held at once; give at least "
+                f"{format_size(least, binary=True)}."
+            )
+
+    def _fits_whole(self, draft: _Draft, numel: int, piece: int) -> bool:
         """Whether two loads of the whole tensor fit, so that one is read while the other is merged, and it pays."""
         if draft.context is None or (piece < TIE_BLOCK and self._unit(draft) == 1):
             return False
+        held = self._held_bytes(draft)
+        if self._staged(draft):
+            return 2 * held + self._workspace(draft, numel) <= self.gpu_share_of_loads
         if self.resident:
             return True
-        held = self._held_bytes(draft)
         as_large = len(self.sizes) - bisect_left(self.sizes, held)
-        return 2 * held <= share and (held <= HELD_BYTES or as_large >= HELD_OFTEN)
+        return 2 * held <= self.share and (held <= HELD_BYTES or as_large >= HELD_OFTEN)
+
+    def _workspace(self, draft: _Draft, numel: int) -> int:
+        """Bytes that a chunk of so many elements needs on a GPU besides; the host's is not counted."""
+        if not self._staged(draft) or draft.context is None:
+            return 0
+        return self.method.workspace(draft.context, numel)
 
     @staticmethod
     def _held_bytes(draft: _Draft) -> int:
@@ -561,3 +716,13 @@ class _Cutter:
         total = sum(loads)
         three = max((sum(loads[i : i + 3]) for i in range(len(loads))), default=0)
         return aligned(max(three, min(AHEAD_BYTES, total)))
+
+
+def _whole_pages(nbytes: int) -> int:
+    """What of it is whole pages."""
+    return nbytes // ALIGNMENT * ALIGNMENT
+
+
+def _power_of_two_within(nbytes: int) -> int:
+    """The largest power of two that is no larger; what torch pins is rounded up to one."""
+    return 1 << max(nbytes, 1).bit_length() - 1

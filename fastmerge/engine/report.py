@@ -122,6 +122,7 @@ class MergeReport:
         nonfinite: model -> tensor -> (NaN count, Inf count), for tensors that have any.
         digest: digest of the merged tensors, as in the manifest.
         backend: the backend that computed.
+        device: where it did.
         notes: what a person should know of the plan.
         copy_fraction: bytes moved per second as a share of this machine's copy bandwidth, or None if not measured.
     """
@@ -140,6 +141,7 @@ class MergeReport:
     copy_fraction: float | None = None
     notes: list[str] = field(default_factory=list)
     model_passes: int = 0
+    device: str = "cpu"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a dict that ``json.dumps`` accepts."""
@@ -151,7 +153,7 @@ class MergeReport:
         rows = [
             ("method", self.method),
             ("passes", self._passes()),
-            ("backend", self.backend),
+            ("backend", self.backend if self.device == "cpu" else f"{self.backend} on {self.device}"),
             ("tensors", f"{self.tensors} ({self.parameters / 1e9:.3f}B parameters)"),
             ("read", format_size(self.bytes_read)),
             ("written", format_size(self.bytes_written)),

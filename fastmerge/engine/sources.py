@@ -51,7 +51,7 @@ class StateDictSource:
     """A dict of tensors in memory, or a module's. Its tensors are lent as views; nothing is copied or changed."""
 
     def __init__(self, ref: str, model: Any) -> None:
-        """ref: what messages call it. model: a mapping from names to CPU tensors, or a torch.nn.Module."""
+        """ref: what messages call it. model: a mapping from names to tensors, or a torch.nn.Module."""
         self.ref = ref
         self.config: dict[str, Any] | None = None
         if isinstance(model, torch.nn.Module):
@@ -81,6 +81,18 @@ class StateDictSource:
         first, second = self._tensors[one], self._tensors[other]
         return (first.data_ptr(), first.shape, first.stride()) == (second.data_ptr(), second.shape, second.stride())
 
+    def device_of(self, info: TensorInfo) -> torch.device:
+        """Where the tensor is."""
+        return self._tensors[info.name].device
+
+    @property
+    def places(self) -> dict[torch.device, str]:
+        """Where its tensors are, each with the name of the first one that is there."""
+        found: dict[torch.device, str] = {}
+        for name, tensor in self._tensors.items():
+            found.setdefault(tensor.device, name)
+        return found
+
     def view(self, info: TensorInfo) -> torch.Tensor:
         """The tensor, flat; a copy only where its elements do not lie in one piece."""
         return self._tensors[info.name].contiguous().reshape(-1)
@@ -93,10 +105,11 @@ class StateDictSource:
 def _checked(ref: str, name: str, tensor: Any) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
         raise ArgumentTypeError(f"{name!r} of {ref} is a {type(tensor).__name__}, not a tensor; leave it out.")
-    if tensor.layout != torch.strided or tensor.device.type != "cpu":
-        kind = tensor.device.type if tensor.device.type != "cpu" else str(tensor.layout).removeprefix("torch.")
+    if tensor.layout != torch.strided or tensor.device.type not in ("cpu", "cuda"):
+        dense = tensor.layout == torch.strided
+        kind = tensor.device.type if dense else str(tensor.layout).removeprefix("torch.")
         raise ArgumentError(
-            f"{name!r} of {ref} is a {kind} tensor; pass dense tensors on the CPU (.cpu(), .to_dense())."
+            f"{name!r} of {ref} is a {kind} tensor; pass dense tensors on the CPU or on a GPU (.cpu(), .to_dense())."
         )
     if tensor.dtype not in SAFETENSORS_NAMES:
         dtype = str(tensor.dtype).removeprefix("torch.")

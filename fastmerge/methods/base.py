@@ -30,6 +30,16 @@ class Chunk:
         """How many elements there are."""
         return self.models[0].numel()
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.models[0].device
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The base, if there is one, and the models."""
+        return self.models if self.base is None else [self.base, *self.models]
+
     def clone(self) -> Chunk:
         """The same elements in memory of their own."""
         return replace(
@@ -54,6 +64,7 @@ class TensorContext:
 
     parameters: the values for this tensor, one per model where the parameter is per model. compute: the dtype that
     intermediate results are rounded to. positions: each model's place among the models, which names its random stream.
+    backend: of the ops on chunks. host_backend: of those on samples, which stay on the host wherever chunks are.
     """
 
     name: str
@@ -64,6 +75,7 @@ class TensorContext:
     numerics: str = "fp32"
     seed: int = 0
     backend: str = "auto"
+    host_backend: str = "auto"
 
     @property
     def numel(self) -> int:
@@ -101,6 +113,22 @@ def _shown(value: Any) -> str:
     return ", ".join(f"{each:g}" for each in value) if isinstance(value, tuple) else str(value)
 
 
+class Placed:
+    """A small tensor that a statistic has found: the host's, and a copy for each device whose chunks ask for it."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        """values: on the host."""
+        self.values = values
+        self._copies = {values.device: values}
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The tensor there."""
+        found = self._copies.get(device)
+        if found is None:
+            found = self._copies[device] = self.values.to(device)
+        return found
+
+
 Known = Mapping[str, Any]
 """The statistics that are finished, by name."""
 
@@ -109,7 +137,8 @@ class Statistic(ABC):
     """What must be known about a whole tensor, or about a whole model, before any of it can be merged: a monoid.
 
     The states of disjoint chunks add up, in any grouping, to the state of all of them; `finish` turns the sum into what
-    the merge needs. A statistic may use those listed before it, which are finished by then.
+    the merge needs. A statistic may use those listed before it, which are finished by then. States are where the chunks
+    are; samples are on the host, and so is what `finish` returns, but for what is about the very chunk that is merged.
     """
 
     name: ClassVar[str]
@@ -179,6 +208,10 @@ class Method(ABC):
     def cut_unit(self, context: TensorContext) -> int:
         """Chunks of this tensor must begin at multiples of so many elements."""
         return 1
+
+    def workspace(self, context: TensorContext, numel: int) -> int:
+        """Bytes that statistics and merge need beside a chunk of so many elements, if they grow with it."""
+        return 0
 
     @abstractmethod
     def statistics(self, context: TensorContext, whole: bool) -> list[Statistic]:

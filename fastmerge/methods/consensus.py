@@ -97,7 +97,7 @@ class ConsensusMethod(Method):
             return SparsifyRule(method="none")
         if self.sparsify in ("magnitude", "outliers"):
             bounds = known.get("bounds") or StreamedBounds(trivial_bounds(self._ranks(context)), context)
-            return SparsifyRule(method="band", bounds=bounds.values, ties_before=bounds.ties_before(chunk))
+            return SparsifyRule(method="band", bounds=bounds.on(chunk.device), ties_before=bounds.ties_before(chunk))
         if "masks" in known:
             first = chunk.offset // 8
             return SparsifyRule(method="mask", masks=known["masks"][:, first : first + -(-chunk.numel // 8)])
@@ -114,6 +114,15 @@ class ConsensusMethod(Method):
         )
 
     # -- chunks
+
+    def workspace(self, context: TensorContext, numel: int) -> int:
+        """DELLA's masks where they are kept, and its rows where they must be brought into one piece first."""
+        if self.sparsify != "della" or not self._cuts(context):
+            return 0
+        models = len(context.positions)
+        masks = models * -(-numel // 8) if self._parameters(context).rescale else 0
+        arranged = self._row_axis(context) < len(context.shape) - 1
+        return masks + (numel * 4 * (models + 2) if arranged else 0)
 
     def cut_unit(self, context: TensorContext) -> int:
         """Whole rows for DELLA, whole slices of dimension 0 where its rows do not lie in one piece."""

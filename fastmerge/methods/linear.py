@@ -14,6 +14,8 @@ from fastmerge.methods.parameters import Finite, ParameterError, Parameters, per
 
 _BLOCK = 1 << 17
 """Elements summed at once: their float64 temporaries stay in the cache."""
+_GPU_BLOCK = 1 << 20
+"""The same on a GPU, which must be told each step."""
 
 
 class LinearParameters(Parameters):
@@ -47,6 +49,10 @@ class Linear(Method):
         """Always float32, as in the peer."""
         return torch.float32
 
+    def workspace(self, context: TensorContext, numel: int) -> int:
+        """The peer's sum is made in steps."""
+        return numel * 4 if context.numerics == "mergekit" else 0
+
     def statistics(self, context: TensorContext, whole: bool) -> list[Statistic]:
         """None: it merges as it reads."""
         return []
@@ -68,12 +74,13 @@ def fused_sum(models: Sequence[torch.Tensor], weights: Sequence[float]) -> torch
     float64 holds the products exactly. The sum with what came before is rounded to odd there (its last bit set where it
     is inexact), after which rounding it to float32 is the same as rounding the exact sum.
     """
-    total = torch.zeros(models[0].shape, dtype=torch.float32)
-    for start in range(0, total.numel(), _BLOCK):
-        block = total[start : start + _BLOCK]
+    total = torch.zeros(models[0].shape, dtype=torch.float32, device=models[0].device)
+    size = _BLOCK if total.device.type == "cpu" else _GPU_BLOCK
+    for start in range(0, total.numel(), size):
+        block = total[start : start + size]
         for model, weight in zip(models, weights, strict=True):
             factor = torch.tensor(weight, dtype=torch.float32).item()
-            product = model[start : start + _BLOCK].to(torch.float32).to(torch.float64) * factor
+            product = model[start : start + size].to(torch.float32).to(torch.float64) * factor
             before = block.to(torch.float64)
             rounded = product + before
             # What the addition lost (Knuth's TwoSum, exact).

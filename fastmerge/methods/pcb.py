@@ -82,7 +82,7 @@ class Pcb(Method):
             chunk.base,
             chunk.models,
             [weight * parameters.lambda_ for weight in parameters.weight],
-            self._rule(context, known),
+            self._rule(context, known, chunk),
             out=out,
             backend=context.backend,
         )
@@ -91,11 +91,11 @@ class Pcb(Method):
     def _parameters(context: TensorContext) -> Any:
         return context.parameters
 
-    def _rule(self, context: TensorContext, known: Known) -> PcbRule:
+    def _rule(self, context: TensorContext, known: Known, chunk: Chunk) -> PcbRule:
         if RuleOfWhole.name in known:
             rule: PcbRule = known[RuleOfWhole.name]
             return rule
-        return rule_from(self._parameters(context).variant, known)
+        return rule_from(self._parameters(context).variant, known, chunk)
 
     def _swept(self, context: TensorContext) -> list[Statistic]:
         variant, density = self._parameters(context).variant, self._parameters(context).density

@@ -14,7 +14,7 @@ import torch
 
 from fastmerge import ops
 from fastmerge.backends.rule import PcbRule
-from fastmerge.methods.base import Chunk, Known, Statistic, TensorContext
+from fastmerge.methods.base import Chunk, Known, Placed, Statistic, TensorContext
 
 _WINDOW_KEYS = 1 << 22
 """Keys in all windows of a statistic together: 32 MiB of counts."""
@@ -22,14 +22,19 @@ _RUN = 64
 """Neighbours that a sample's error is judged by."""
 
 
-def rule_from(variant: str, known: Known) -> PcbRule:
-    """What the statistics have found so far, as the kernels take it."""
+def rule_from(variant: str, known: Known, chunk: Chunk) -> PcbRule:
+    """What the statistics have found so far, as the kernels take it that look at this chunk."""
+
+    def part(name: str) -> torch.Tensor | None:
+        found: Placed | None = known.get(name)
+        return None if found is None else found.on(chunk.device)
+
     return PcbRule(
         variant=variant,  # type: ignore[arg-type]
-        clip=known.get(_Clipped.name),
-        extremes=known.get(Extremes.name),
-        means=known.get(Means.name),
-        thresholds=known.get(_Thresholds.name),
+        clip=part(_Clipped.name),
+        extremes=part(Extremes.name),
+        means=part(Means.name),
+        thresholds=part(_Thresholds.name),
     )
 
 
@@ -53,13 +58,14 @@ def _windows(
 class _Tensors(Statistic):
     """A result that is a tensor of float32 values."""
 
-    def dump(self, result: torch.Tensor) -> Any:
+    def dump(self, result: Placed) -> Any:
         """The bits."""
-        return {"shape": list(result.shape), "bits": result.contiguous().view(torch.int32).reshape(-1).tolist()}
+        values = result.values
+        return {"shape": list(values.shape), "bits": values.contiguous().view(torch.int32).reshape(-1).tolist()}
 
-    def load(self, stored: Any) -> torch.Tensor:
+    def load(self, stored: Any) -> Placed:
         """The inverse of `dump`."""
-        return torch.tensor(stored["bits"], dtype=torch.int32).view(torch.float32).reshape(stored["shape"])
+        return Placed(torch.tensor(stored["bits"], dtype=torch.int32).view(torch.float32).reshape(stored["shape"]))
 
 
 # -- what deltas are clipped to
@@ -83,9 +89,9 @@ class _Clipped(_Tensors):
         """Each of them for each of its cuts."""
         return [model for model in models for _ in range(2)]
 
-    def bounds(self, keys: Sequence[int]) -> torch.Tensor:
+    def bounds(self, keys: Sequence[int]) -> Placed:
         """float32[n, 2] from the keys of all cuts."""
-        return torch.tensor(keys, dtype=torch.int32).view(torch.float32).reshape(-1, 2)
+        return Placed(torch.tensor(keys, dtype=torch.int32).view(torch.float32).reshape(-1, 2))
 
 
 class ClipWindow(_Clipped):
@@ -109,7 +115,8 @@ class ClipWindow(_Clipped):
 
     def observe(self, chunk: Chunk, known: Known) -> torch.Tensor:
         """Count one chunk."""
-        return self.extend(torch.zeros(len(self.places), self.width + 1, dtype=torch.int64), chunk, known)
+        counts = torch.zeros(len(self.places), self.width + 1, dtype=torch.int64, device=chunk.device)
+        return self.extend(counts, chunk, known)
 
     def extend(self, state: torch.Tensor, chunk: Chunk, known: Known) -> torch.Tensor:
         """Count one more in place: windows are large beside a chunk."""
@@ -120,11 +127,11 @@ class ClipWindow(_Clipped):
         """Counts add."""
         return state.add_(other)
 
-    def finish(self, state: torch.Tensor, known: Known) -> torch.Tensor | None:
+    def finish(self, state: torch.Tensor, known: Known) -> Placed | None:
         """The bounds, if every one of them lies in its window."""
         found = [
             ops.bound_in_window(row, low, self.context.numel - place)
-            for row, low, place in zip(state, self.low, self.places, strict=True)
+            for row, low, place in zip(state.cpu(), self.low, self.places, strict=True)
         ]
         return None if None in found else self.bounds([bound[0] for bound in found if bound is not None])
 
@@ -153,7 +160,7 @@ class ClipHistogram(Statistic):
 
     def finish(self, state: torch.Tensor, known: Known) -> torch.Tensor:
         """The counts."""
-        return state
+        return state.cpu()
 
 
 class ClipBounds(_Clipped):
@@ -179,10 +186,10 @@ class ClipBounds(_Clipped):
         """Counts add."""
         return state.add_(other)
 
-    def finish(self, state: torch.Tensor, known: Known) -> torch.Tensor:
+    def finish(self, state: torch.Tensor, known: Known) -> Placed:
         """The bounds."""
         keys = []
-        for row, (prefix, above), place in zip(state, self._bins(known), self.places, strict=True):
+        for row, (prefix, above), place in zip(state.cpu(), self._bins(known), self.places, strict=True):
             keys.append(prefix << 15 | ops.highest_bin(row, self.context.numel - place - above)[0])
         return self.bounds(keys)
 
@@ -206,9 +213,9 @@ class Extremes(_Tensors):
         """The lesser and the greater."""
         return torch.stack([torch.minimum(state[:, 0], other[:, 0]), torch.maximum(state[:, 1], other[:, 1])], dim=1)
 
-    def finish(self, state: torch.Tensor, known: Known) -> torch.Tensor:
+    def finish(self, state: torch.Tensor, known: Known) -> Placed:
         """As they are."""
-        return state
+        return Placed(state.cpu())
 
 
 class Means(_Tensors):
@@ -221,15 +228,16 @@ class Means(_Tensors):
 
     def observe(self, chunk: Chunk, known: Known) -> torch.Tensor:
         """Of one chunk."""
-        return ops.pcb_sums(chunk.base, chunk.models, rule_from("paper", known), backend=self.context.backend)
+        rule = rule_from("paper", known, chunk)
+        return ops.pcb_sums(chunk.base, chunk.models, rule, backend=self.context.backend)
 
     def add(self, state: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Limbs add; their carries wait until the end."""
         return state.add_(other)
 
-    def finish(self, state: torch.Tensor, known: Known) -> torch.Tensor:
+    def finish(self, state: torch.Tensor, known: Known) -> Placed:
         """Sums over the number of elements."""
-        return ops.pcb_means(state, self.context.numel, len(self.context.positions))
+        return Placed(ops.pcb_means(state.cpu(), self.context.numel, len(self.context.positions)))
 
 
 # -- thresholds of the scores
@@ -270,20 +278,21 @@ class ScoreWindow(_Thresholds):
 
     def prepare(self, sample: Chunk, known: Known) -> None:
         """Place the windows, by the scores of the sample."""
-        rule = rule_from(self.variant, known)
-        scores = ops.pcb_scores(sample.base, sample.models, rule, backend=self.context.backend)
+        rule = rule_from(self.variant, known, sample)
+        scores = ops.pcb_scores(sample.base, sample.models, rule, backend=self.context.host_backend)
         numel = self.context.numel
         keys = [ops.score_keys(row) for row in scores]
         self.low, self.width = _windows(keys, [numel - rank for rank in self.ranks], numel, numel)
 
     def observe(self, chunk: Chunk, known: Known) -> _Counted:
         """Count one chunk."""
-        counts = torch.zeros(len(self.ranks), self.width + 1, dtype=torch.int64)
-        return self.extend(_Counted(counts, torch.zeros(len(self.ranks), dtype=torch.int64)), chunk, known)
+        counts = torch.zeros(len(self.ranks), self.width + 1, dtype=torch.int64, device=chunk.device)
+        highest = torch.zeros(len(self.ranks), dtype=torch.int64, device=chunk.device)
+        return self.extend(_Counted(counts, highest), chunk, known)
 
     def extend(self, state: _Counted, chunk: Chunk, known: Known) -> _Counted:
         """Count one more in place."""
-        rule = rule_from(self.variant, known)
+        rule = rule_from(self.variant, known, chunk)
         ops.pcb_window_(
             chunk.base, chunk.models, rule, self.low, state.counts, state.highest, backend=self.context.backend
         )
@@ -293,17 +302,17 @@ class ScoreWindow(_Thresholds):
         """Counts add, the higher key remains."""
         return _Counted(state.counts.add_(other.counts), torch.maximum(state.highest, other.highest))
 
-    def finish(self, state: _Counted, known: Known) -> torch.Tensor | None:
+    def finish(self, state: _Counted, known: Known) -> Placed | None:
         """The thresholds, if every one of them lies in its window."""
         self.highest = state.highest.tolist()
         found = [
             ops.score_bound_in_window(row, low, rank)
-            for row, low, rank in zip(state.counts, self.low, self.ranks, strict=True)
+            for row, low, rank in zip(state.counts.cpu(), self.low, self.ranks, strict=True)
         ]
         if None in found:
             return None
         keys = [key for key in found if key is not None]
-        return ops.pcb_thresholds(keys, self.highest, self.density, self.variant)
+        return Placed(ops.pcb_thresholds(keys, self.highest, self.density, self.variant))
 
 
 class ScoreHistogram(Statistic):
@@ -322,7 +331,7 @@ class ScoreHistogram(Statistic):
 
     def observe(self, chunk: Chunk, known: Known) -> torch.Tensor:
         """Count one chunk."""
-        rule = rule_from(self.variant, known)
+        rule = rule_from(self.variant, known, chunk)
         return ops.pcb_histogram(chunk.base, chunk.models, rule, [-1] * len(chunk.models), backend=self.context.backend)
 
     def add(self, state: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -331,7 +340,7 @@ class ScoreHistogram(Statistic):
 
     def finish(self, state: torch.Tensor, known: Known) -> torch.Tensor:
         """The counts."""
-        return state
+        return state.cpu()
 
 
 class ScoreThresholds(_Thresholds):
@@ -352,20 +361,20 @@ class ScoreThresholds(_Thresholds):
         prefixes = [
             ops.score_prefix(row, rank) for row, rank in zip(known[ScoreHistogram.name], self.ranks, strict=True)
         ]
-        rule = rule_from(self.variant, known)
+        rule = rule_from(self.variant, known, chunk)
         return ops.pcb_histogram(chunk.base, chunk.models, rule, prefixes, backend=self.context.backend)
 
     def add(self, state: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Counts add."""
         return state.add_(other)
 
-    def finish(self, state: torch.Tensor, known: Known) -> torch.Tensor:
+    def finish(self, state: torch.Tensor, known: Known) -> Placed:
         """The thresholds; the highest keys are known from the sweep with the window."""
         keys = [
             ops.score_bound(high, low, rank)
-            for high, low, rank in zip(known[ScoreHistogram.name], state, self.ranks, strict=True)
+            for high, low, rank in zip(known[ScoreHistogram.name], state.cpu(), self.ranks, strict=True)
         ]
-        return ops.pcb_thresholds(keys, self.window.highest, self.density, self.variant)
+        return Placed(ops.pcb_thresholds(keys, self.window.highest, self.density, self.variant))
 
 
 # -- a tensor in memory
@@ -383,9 +392,13 @@ class RuleOfWhole(Statistic):
 
     def observe(self, chunk: Chunk, known: Known) -> PcbRule:
         """The chunk is the whole tensor."""
-        return ops.pcb_rule(
+        rule = ops.pcb_rule(
             chunk.models, base=chunk.base, variant=self.variant, density=self.density, backend=self.context.backend
         )
+        there = [
+            None if x is None else x.to(chunk.device) for x in (rule.clip, rule.extremes, rule.means, rule.thresholds)
+        ]
+        return PcbRule(rule.variant, *there)
 
     def add(self, state: PcbRule, other: PcbRule) -> PcbRule:
         """Never needed: there is one chunk."""

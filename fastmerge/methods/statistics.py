@@ -17,7 +17,7 @@ import torch
 
 from fastmerge import ops
 from fastmerge.backends.rule import TIE_BLOCK, SparsifyRule
-from fastmerge.methods.base import Chunk, Known, Statistic, TensorContext
+from fastmerge.methods.base import Chunk, Known, Placed, Statistic, TensorContext
 
 _KEYS = 1 << 31
 _WINDOW_KEYS = 1 << 22
@@ -33,16 +33,24 @@ class Bounds(ABC):
     """int64[n, 2, 2]: threshold and tie count of the first kept rank and of the first one after."""
 
     @abstractmethod
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The values on the device of a chunk."""
+
+    @abstractmethod
     def ties_before(self, chunk: Chunk) -> torch.Tensor:
         """int64[n, 2, blocks of the chunk]."""
 
 
 @dataclass(frozen=True)
 class WholeBounds(Bounds):
-    """Bounds of a tensor whose every tie block has been counted already."""
+    """Bounds of a tensor whose every tie block has been counted already; they are where the tensor is."""
 
     values: torch.Tensor
     ties: torch.Tensor
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """As they are."""
+        return self.values
 
     def ties_before(self, chunk: Chunk) -> torch.Tensor:
         """The tensor's own blocks, as far as the chunk reaches; it must begin at a block's beginning."""
@@ -57,23 +65,33 @@ class StreamedBounds(Bounds):
 
     values: torch.Tensor
     context: TensorContext
-    _total: torch.Tensor = field(init=False)
+    _placed: Placed = field(init=False)
+    _cut_ties: bool = field(init=False)
+    _total: torch.Tensor | None = field(init=False, default=None)
     _before: dict[int, torch.Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._total = torch.zeros(len(self.values), 2, 1, dtype=torch.int64)
+        self._placed = Placed(self.values)
+        self._cut_ties = bool(self.values[:, :, 1].any())
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """Copied once."""
+        return self._placed.on(device)
 
     def ties_before(self, chunk: Chunk) -> torch.Tensor:
         """Counted when the chunk is first seen; a later sweep with the same cuts finds it in the ledger."""
-        if not self.values[:, :, 1].any():
-            return torch.zeros(len(self.values), 2, max(1, -(-chunk.numel // TIE_BLOCK)), dtype=torch.int64)
+        if not self._cut_ties:
+            blocks = max(1, -(-chunk.numel // TIE_BLOCK))
+            return torch.zeros(len(self.values), 2, blocks, dtype=torch.int64, device=chunk.device)
         if chunk.offset not in self._before:
+            bounds = self.on(chunk.device)
             counts = ops.tie_counts(
-                chunk.base, chunk.models, self.values, compute=self.context.compute, backend=self.context.backend
+                chunk.base, chunk.models, bounds, compute=self.context.compute, backend=self.context.backend
             )
             running = counts.cumsum(dim=2)
-            self._before[chunk.offset] = self._total + running - counts
-            self._total = self._total + running[:, :, -1:]
+            before, total = running - counts, running[:, :, -1:]
+            self._before[chunk.offset] = before if self._total is None else self._total + before
+            self._total = total if self._total is None else self._total + total
         return self._before[chunk.offset]
 
 
@@ -146,9 +164,10 @@ class KeyWindow(Statistic):
                 [0] * len(cuts),
                 [min(rank, sample.numel - 1) for rank in nearest],
                 compute=self.context.compute,
-                backend=self.context.backend,
+                backend=self.context.host_backend,
             )
-            return [int(key) for key in bounds[:, 1, 0]]
+            keys: list[int] = bounds[:, 1, 0].tolist()
+            return keys
 
         if sample.numel < 2:
             lowest = highest = middle = [0] * len(cuts)
@@ -171,7 +190,8 @@ class KeyWindow(Statistic):
 
     def observe(self, chunk: Chunk, known: Known) -> torch.Tensor:
         """Count one chunk: int64[cuts, window + 1]."""
-        return self.extend(torch.zeros(len(self.low), self.width + 1, dtype=torch.int64), chunk, known)
+        counts = torch.zeros(len(self.low), self.width + 1, dtype=torch.int64, device=chunk.device)
+        return self.extend(counts, chunk, known)
 
     def extend(self, state: torch.Tensor, chunk: Chunk, known: Known) -> torch.Tensor:
         """Count one more chunk in place: a window is large beside a chunk."""
@@ -186,8 +206,9 @@ class KeyWindow(Statistic):
     def finish(self, state: torch.Tensor, known: Known) -> StreamedBounds | None:
         """The bounds, if every one of them lies in its window."""
         values = trivial_bounds(self.ranks)
+        counts = state.cpu()
         for row, (model, which, rank) in enumerate(self.ranks.cuts(self.context.numel)):
-            bound = ops.bound_in_window(state[row], self.low[row], rank)
+            bound = ops.bound_in_window(counts[row], self.low[row], rank)
             if bound is None:
                 return None
             values[model, which] = torch.tensor(bound, dtype=torch.int64)
@@ -231,7 +252,7 @@ class KeyHistogram(Statistic):
 
     def finish(self, state: torch.Tensor, known: Known) -> torch.Tensor:
         """The counts."""
-        return state
+        return state.cpu()
 
 
 @dataclass(frozen=True)
@@ -267,9 +288,9 @@ class RankBounds(Statistic):
     def finish(self, state: torch.Tensor, known: Known) -> StreamedBounds:
         """The bounds: thresholds, and ties where a cut falls inside a group of equal keys."""
         values = trivial_bounds(self.ranks)
-        level0 = known[KeyHistogram.name]
+        level0, level1 = known[KeyHistogram.name], state.cpu()
         for row, (model, which, rank) in enumerate(self.ranks.cuts(self.context.numel)):
-            values[model, which] = torch.tensor(ops.bound(level0[model], state[row], rank), dtype=torch.int64)
+            values[model, which] = torch.tensor(ops.bound(level0[model], level1[row], rank), dtype=torch.int64)
         return StreamedBounds(ops.keep_ties(values) if self.keep_ties else values, self.context)
 
 
@@ -327,7 +348,7 @@ class Rescale(Statistic):
 
     def finish(self, state: torch.Tensor, known: Known) -> list[float]:
         """One factor per model."""
-        return [ops.l1_scale(limbs, self.precision) for limbs in state]
+        return [ops.l1_scale(limbs, self.precision) for limbs in state.cpu()]
 
 
 def kept_ranks(numel: int, densities: Sequence[float]) -> Ranks:

@@ -37,9 +37,9 @@ def test_neither_help_nor_a_wrong_command_line_imports_torch(arguments: list[str
 def test_help_lists_the_commands_there_are_and_no_others(run: Run) -> None:
     result = run("--help")
     assert result.returncode == 0
-    for present in ("merge", "methods", "env"):
+    for present in ("merge", "methods", "env", "bench"):
         assert f" {present} " in result.stdout
-    for absent in ("inspect", "evolve", "expert", "bench", "pcb", "resume"):
+    for absent in ("inspect", "evolve", "expert", "pcb", "resume"):
         assert absent not in result.stdout + run("merge", "--help").stdout
 
 
@@ -47,7 +47,7 @@ def test_merge_help_lists_every_option(run: Run) -> None:
     text = run("merge", "--help").stdout
     for option in (
         "--device", "--memory-budget", "--shard-size", "--numerics", "--seed", "--backend", "--threads",
-        "--dry-run", "--on-nonfinite", "--quiet", "--json",
+        "--dry-run", "--on-nonfinite", "--quiet", "--json", "--gpu-memory",
     ):  # fmt: skip
         assert f"{option} " in text
     assert "4GiB" in text and "5GB" in text and "fp32|mergekit" in text and "error|warn|zero" in text
@@ -72,7 +72,8 @@ def test_the_version_is_one_line(run: Run) -> None:
         (["merge"], "Missing argument 'CONFIG.yml'"),
         (["merge", "a.yml"], "Missing argument 'OUT'"),
         (["merge", "a.yml", "out", "--densty", "1"], "--densty"),
-        (["merge", "a.yml", "out", "--device", "cuda"], "'cuda' is not one of 'auto', 'cpu'"),
+        (["merge", "a.yml", "out", "--device", "gpu"], "--device must be auto, cpu, cuda or cuda:N"),
+        (["merge", "a.yml", "out", "--device", "cuda", "--gpu-memory", "8G"], "'8G' is ambiguous"),
         (["merge", "a.yml", "out", "--numerics", "fp64"], "fp64"),
         (["merge", "a.yml", "out", "--on-nonfinite", "ignore"], "ignore"),
         (["merge", "a.yml", "out", "--threads", "0"], "--threads"),

@@ -4,6 +4,7 @@ import platform
 import subprocess
 
 import pytest
+import torch
 
 from fastmerge import backends, cli, methods
 from tests.cli.support import Run, command, process_environment
@@ -40,10 +41,14 @@ def test_env_names_versions_threads_and_every_backend(run: Run) -> None:
     shown = [line.split()[0] for line in lines]
     for key in ("fastmerge", "python", "torch", "system", "processor", "instructions", "threads"):
         assert shown.count(key) == 1
+    assert "gpu" in shown
+    tensors = {line.split()[0]: line for line in lines if line.split()[1] == "tensors"}
+    assert f"ops run on {backends.name_of(backends.resolve())}, the fastest that works" in tensors["CPU"]
+    assert ("none here: " in tensors["CUDA"]) == (not torch.cuda.is_available())
     assert platform.python_version() in result.stdout
     for name, reason in backends.available().items():
         line = next(line for line in lines if line.startswith(f"backend {name} "))
-        assert line.endswith("works") if reason is None else "missing: " in line
+        assert "works on CPU" in line if reason is None else "missing: " in line
     assert "no such variable is set" in result.stdout
 
 
@@ -51,6 +56,7 @@ def test_env_shows_the_variables_in_force(run: Run) -> None:
     result = run("env", environment={"FASTMERGE_THREADS": "1", "FASTMERGE_BACKEND": "reference"})
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["FASTMERGE_THREADS", "1"] in lines and ["FASTMERGE_BACKEND", "reference"] in lines
+    assert "ops run on reference, since FASTMERGE_BACKEND names it" in result.stdout
 
 
 def test_env_survives_a_forced_instruction_set_that_does_not_exist(run: Run) -> None:

@@ -133,6 +133,8 @@ def spoil(family: Path, what: str) -> list[str]:
         (family / "out" / "precious").write_text("1")
     elif what == "unknown backend":
         return ["merge", "merge.yml", "out", "--backend", "cpuu"]
+    elif what == "no such gpu":
+        return ["merge", "merge.yml", "out", "--device", "cuda:99"]
     return ["merge", "merge.yml", "out"]
 
 
@@ -151,6 +153,7 @@ REFUSALS = {
     "other vocabulary": "model.embed_tokens.weight",
     "target not empty": "not empty",
     "unknown backend": "cpuu",
+    "no such gpu": "'cuda:99' cannot be used: ",
 }
 
 

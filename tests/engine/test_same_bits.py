@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from tests.engine.small_family import Tensors, config_for, family, load, save_fa
 from tests.numeric import assert_bitwise_equal
 
 WEIGHTS = [0.7, -0.2, 0.45]
-WORKING = [name for name, reason in backends.available().items() if reason is None]
+INTERPRETED = "triton" if backends.reason("triton") is None and not torch.cuda.is_available() else None
+"""Triton's interpreter is slow: whole merges are run by it once, below, on very small models."""
+WORKING = [name for name, reason in backends.available().items() if reason is None and name != INTERPRETED]
 
 
 MODEL_SCOPE = ["ties whole", "breadcrumbs whole", "pcb script", "pcb paper", "pcb each"]
@@ -167,3 +170,16 @@ def test_the_seed_shows(method: str) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     assert_bitwise_equal(one[name], same[name])
     assert not torch.equal(one[name], other[name])
+
+
+@pytest.mark.skipif(INTERPRETED is None, reason="the interpreter of Triton is not in use")
+@pytest.mark.parametrize("chunk", [None, 700])
+@pytest.mark.parametrize("method", CASES)
+def test_the_kernels_in_triton(method: str, chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMERGE_TRITON_BLOCK", "1024")
+    base, tuned = family(shapes={"a.weight": (9, 201), "b.weight": (5, 14, 2), "c.weight": (31,)})
+    with patch("fastmerge.engine.plan.MODEL_SAMPLE", 1000):
+        expected = in_chunks(method, base, tuned, "reference", None, "fp32")
+        merged = in_chunks(method, base, tuned, "triton", chunk, "fp32")
+    for name in expected:
+        assert_bitwise_equal(merged[name], expected[name])

@@ -1,0 +1,36 @@
+"""Where merged tensors go, as the executor sees it, and the one for merges in memory."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from fastmerge.engine.plan import Plan
+
+
+class Sink(Protocol):
+    """Where merged tensors go."""
+
+    def target(self, name: str, start: int, stop: int) -> torch.Tensor | None:
+        """Memory of its own for elements [start, stop) to be merged into, or None if `write` shall bring them."""
+
+    def write(self, name: str, start_byte: int, data: memoryview) -> None:
+        """Take bytes of a tensor; those of one tensor come in rising order. Called from one thread."""
+
+
+class DictSink:
+    """Merged tensors in memory of their own, so that none is an alias of an input."""
+
+    def __init__(self, plan: Plan, place: torch.device = torch.device("cpu")) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        for job in plan.jobs:
+            self.tensors[job.name] = torch.empty(job.shape, dtype=job.out, device=place)
+
+    def target(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """The place of these elements in the result."""
+        return self.tensors[name].view(-1)[start:stop]
+
+    def write(self, name: str, start_byte: int, data: memoryview) -> None:
+        """Never called: everything is merged in place."""
+        raise AssertionError("tensors in memory are merged in place")

@@ -1,0 +1,17 @@
+"""Every test here skips, with the reason, where its kernels cannot run."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.gpu import support
+
+
+@pytest.fixture(autouse=True)
+def _usable(request: pytest.FixtureRequest) -> None:
+    """Looks at the mark `gpu`, and at the parameter `device` of the tests that have one."""
+    if request.node.get_closest_marker("gpu") is not None and not support.HERE:
+        pytest.skip("no CUDA GPU: torch.cuda.is_available() is False")
+    call = getattr(request.node, "callspec", None)
+    if call is not None and call.params.get("device") in ("cuda", "cpu"):
+        support.usable(call.params["device"])
