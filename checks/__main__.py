@@ -1,17 +1,20 @@
-"""``python -m checks``: the quick checks. The slow ones (symbols, portable, wheel) run with the test suite."""
+"""``python -m checks``: the quick checks. The slow ones (symbols, portable, wheel, kernels) run with the test suite.
+
+Mutations are only looked at here: whether each can still be made. ``python -m checks.mutations`` tries them, for hours.
+"""
 
 import sys
 
-from checks import flags, layers
+from checks import flags, layers, mutations
 
 
 def main() -> int:
     """Print what is wrong; 1 if anything is."""
-    found = [*layers.problems(), *flags.problems()]
+    found = [*layers.problems(), *flags.problems(), *mutations.problems()]
     for sentence in found:
         print(sentence, file=sys.stderr)
     if not found:
-        print("checks: layers and flags are as promised")
+        print("checks: layers and flags are as promised, and every mutation can be made")
     return 1 if found else 0
 
 

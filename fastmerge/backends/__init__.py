@@ -39,7 +39,10 @@ def _load(name: str) -> ModuleType | str:
     """The backend's module, or the sentence that says why there is none."""
     if name not in _loaded:
         try:
-            _loaded[name] = importlib.import_module(f"{__name__}.{name}")
+            module = importlib.import_module(f"{__name__}.{name}")
+            # A module that can be imported where it cannot run (to compile for machines elsewhere) says so itself.
+            getattr(module, "check_usable", _always)()
+            _loaded[name] = module
         except BackendError as error:
             # It is there, but a setting asks of it what it cannot do: nothing else may quietly take its place.
             _loaded[name] = str(error)
@@ -50,6 +53,10 @@ def _load(name: str) -> ModuleType | str:
             missing_module = isinstance(error, ImportError) and error.name
             _loaded[name] = f"{sentence} ({_MISSING_HINT[name]})" if missing_module else sentence
     return _loaded[name]
+
+
+def _always() -> None:
+    """Usable wherever it can be imported."""
 
 
 def reason(name: str) -> str | None:

@@ -70,6 +70,12 @@ def score_of_key(key: int) -> float:
     return value
 
 
+def _scores_of_keys(keys: Tensor) -> Tensor:
+    """The scores whose keys these are, on the same device."""
+    bits = torch.where(keys >> 31 == 1, keys ^ 0x80000000, keys ^ 0xFFFFFFFF)
+    return (bits - (bits >> 31 << 32)).to(torch.int32).view(torch.float32)
+
+
 def highest_bin(counts: Tensor, k: int) -> tuple[int, int]:
     """The bin of a histogram that holds the k-th highest, and how many are in the bins above.
 
@@ -148,23 +154,28 @@ def choose_window(runs: Tensor, place: int, numel: int, most_width: int) -> tupl
     return max(0, middle - most_width // 2), most_width
 
 
-def pcb_thresholds(keys: Sequence[int], highest: Sequence[int] | Tensor, density: Any, variant: str) -> Tensor:
+def pcb_thresholds(keys: Sequence[int] | Tensor, highest: Sequence[int] | Tensor, density: Any, variant: str) -> Tensor:
     """The thresholds of a rule, from the keys that the sweeps found.
 
     keys: for each row that of the score at the place `threshold` of `pcb_ranks`. highest: for each row that of its
         highest score. density: one number or one for each row; where it is 0 nothing is kept.
-    Returns float32[n, 2]: the score at which the row begins to be kept, and its highest.
+    Returns float32[n, 2]: the score at which the row begins to be kept, and its highest; where both are tensors, on
+    their device, which nothing waits for.
     Errors: ArgumentError / ArgumentTypeError, in a sentence that names the argument.
     """
-    tops = highest.tolist() if isinstance(highest, Tensor) else list(highest)
-    _checks.one_per_model("highest", tops, len(keys))
-    nothing = math.inf if _checks.choice("variant", variant, VARIANTS) == "paper" else None
-    rows = []
-    for key, top, d in zip(keys, tops, _checks.fractions("density", density, len(keys))):
-        most = score_of_key(top)
-        start = score_of_key(key) if d > 0 else most if nothing is None else nothing
-        rows.append([start, most])
-    return torch.tensor(rows, dtype=torch.float32)
+    _checks.one_per_model("highest", highest, len(keys))  # type: ignore[arg-type]
+    paper = _checks.choice("variant", variant, VARIANTS) == "paper"
+    densities = _checks.fractions("density", density, len(keys))
+    if isinstance(keys, Tensor) and isinstance(highest, Tensor):
+        start, most = _scores_of_keys(keys), _scores_of_keys(highest)
+    else:
+        start, most = (
+            torch.tensor([score_of_key(key) for key in (x.tolist() if isinstance(x, Tensor) else x)])
+            for x in (keys, highest)
+        )
+    nothing = torch.full_like(most, math.inf) if paper else most
+    rows = [[start[i] if d > 0 else nothing[i], most[i]] for i, d in enumerate(densities)]
+    return torch.stack([torch.stack(row) for row in rows])
 
 
 def pcb_means(sums: Tensor, numel: int, models: int) -> Tensor:

@@ -360,7 +360,8 @@ def pcb_apply(
     if out is None and scale is None:
         result: Tensor = _pcb_apply_op(*arguments, kernel_dtype, backend)
     else:
-        result = torch.empty(originals[0].shape, dtype=kernel_dtype) if out is None else out
+        device = originals[0].device
+        result = torch.empty(originals[0].shape, dtype=kernel_dtype, device=device) if out is None else out
         target = result.detach() if result.requires_grad else result
         _pcb_apply_out_op(*arguments, target, scale, backend)
     return result.to(torch.float64) if wide else result

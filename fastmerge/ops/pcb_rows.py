@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..backends.rule import L1_LIMBS, PcbRule
 from ..errors import ArgumentError, ArgumentTypeError
 from . import _checks, select
@@ -30,7 +30,7 @@ from ._score_keys import (
 from .pcb import checked_variant, pcb_apply, pcb_extremes, pcb_histogram, pcb_scores, pcb_sums, pcb_window_
 
 _PIECE = 1 << 22
-"""Elements of each row that a kernel is given at once; fewer of each where they have to be copied."""
+"""Elements of each row that a CPU's kernel is given at once; on any device fewer where they have to be copied."""
 _RUN = 64
 """Neighbours that are sampled together."""
 _FEW = 1 << 16
@@ -58,6 +58,10 @@ class _Rows:
         return len(self.shards[0])
 
     @property
+    def device(self) -> torch.device:
+        return self.shards[0][0].device
+
+    @property
     def numel(self) -> int:
         return sum(shard[0].numel() for shard in self.shards)
 
@@ -65,14 +69,23 @@ class _Rows:
         """All elements in order: (shard, place in it, base, rows), as kernels take them."""
         for number, rows in enumerate(self.shards):
             base = None if self.base is None else self.base[number]
-            ready = _ready(rows if base is None else [base, *rows])
-            size = _PIECE if ready else max(_PIECE // 32, _PIECE // len(rows))
+            if not _ready(rows if base is None else [base, *rows]):
+                size = max(_PIECE // 32, _PIECE // len(rows))
+            elif self.device.type == "cpu":
+                size = _PIECE
+            else:
+                size = max(1, rows[0].numel())
             for start in range(0, rows[0].numel(), size):
                 place = slice(start, min(start + size, rows[0].numel()))
-                yield number, place, None if base is None else _narrow(base[place]), [_narrow(x[place]) for x in rows]
+                yield (
+                    number,
+                    place,
+                    None if base is None else _readable(base[place]),
+                    [_readable(x[place]) for x in rows],
+                )
 
-    def chunks(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
-        """All elements in order: (base, rows)."""
+    def __iter__(self) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
+        """All elements in order: (base, rows); as often as one likes."""
         for _, _, base, rows in self.pieces():
             yield base, rows
 
@@ -89,7 +102,8 @@ class _Rows:
         begins = [0, *ends.tolist()]
 
         def gathered(shards: list[Tensor]) -> Tensor:
-            picked = [_narrow(x[part - begin]) for x, part, begin in zip(shards, parts, begins)]
+            places = [(part - begin).to(self.device) for part, begin in zip(parts, begins)]
+            picked = [_readable(x[place]) for x, place in zip(shards, places)]
             return torch.cat([x.to(torch.float32) for x in picked])
 
         base = None if self.base is None else gathered(self.base)
@@ -101,8 +115,9 @@ def _ready(tensors: Sequence[Tensor]) -> bool:
     return all(x.is_contiguous() and x.dtype != torch.float64 for x in tensors)
 
 
-def _narrow(x: Tensor) -> Tensor:
-    return x.to(torch.float32) if x.dtype == torch.float64 else x
+def _readable(x: Tensor) -> Tensor:
+    """What kernels can read: itself, or a copy."""
+    return (x.to(torch.float32) if x.dtype == torch.float64 else x).contiguous()
 
 
 def _rows(task_vectors: Any, base: Any = None) -> _Rows:
@@ -139,6 +154,8 @@ def _rows(task_vectors: Any, base: Any = None) -> _Rows:
         checked = _checks.tensor_list("base", given)
         _same_cuts("base", checked, shapes)
         flat_base = [x.reshape(-1) for x in checked]
+    _same_device("task_vectors", [x for row in rows for x in row], rows[0][0].device)
+    _same_device("base", flat_base or [], rows[0][0].device)
     shards = [[row[number].reshape(-1) for row in rows] for number in range(len(shapes))]
     return _Rows(form, shards, flat_base, shapes)
 
@@ -149,6 +166,11 @@ def _same_cuts(name: str, row: Sequence[Tensor], shapes: Sequence[torch.Size]) -
             f"{name} has shapes {[list(x.shape) for x in row]}, but task_vectors[0] has "
             f"{[list(shape) for shape in shapes]}; cut all rows in the same places."
         )
+
+
+def _same_device(name: str, tensors: Sequence[Tensor], device: torch.device) -> None:
+    for x in tensors:
+        _checks.same_device(name, x, device)
 
 
 def pcb_bounds(task_vectors: Any, *, variant: str = "vision_es", base: Any = None, backend: str = "auto") -> Tensor:
@@ -170,23 +192,17 @@ def pcb_bounds(task_vectors: Any, *, variant: str = "vision_es", base: Any = Non
 
 
 def _extremes(rows: _Rows, backend: str) -> Tensor:
-    found = torch.tensor([math.inf, -math.inf]).repeat(pairs(rows.models), 1)
-    for base, tensors in rows.chunks():
-        part = pcb_extremes(base, tensors, backend=backend)
-        found[:, 0] = torch.minimum(found[:, 0], part[:, 0])
-        found[:, 1] = torch.maximum(found[:, 1], part[:, 1])
-    return found
+    parts = torch.stack([pcb_extremes(base, tensors, backend=backend) for base, tensors in rows])
+    return torch.stack([parts[:, :, 0].amin(dim=0), parts[:, :, 1].amax(dim=0)], dim=1)
 
 
 def _clip(rows: _Rows, variant: str, backend: str) -> Tensor:
     places = pcb_ranks(rows.numel, 0.0, variant)[:2]
     ranks = [rows.numel - place for place in places]
     if rows.base is None and all(_ready(shard) for shard in rows.shards):
-        found = [
-            [select.kth_magnitude([shard[i] for shard in rows.shards], k, backend=backend) for k in ranks]
-            for i in range(rows.models)
-        ]
-        return torch.tensor(found, dtype=torch.float32)
+        kth = torch.ops.fastmerge.kth_magnitude
+        found = [kth([shard[i] for shard in rows.shards], k, backend) for i in range(rows.models) for k in ranks]
+        return torch.stack(found).view(rows.models, 2)
     # What has to be computed or copied first goes through the kernels in pieces.
     level0 = _magnitude_counts(rows, [-1] * rows.models, backend)
     keys = []
@@ -194,22 +210,28 @@ def _clip(rows: _Rows, variant: str, backend: str) -> Tensor:
         bins = [highest_bin(counts, k) for counts in level0]
         level1 = _magnitude_counts(rows, [high for high, _ in bins], backend)
         keys.append([high << 15 | highest_bin(row, k - above)[0] for (high, above), row in zip(bins, level1)])
-    return torch.tensor(keys, dtype=torch.int32).T.contiguous().view(torch.float32)
+    return torch.tensor(keys, dtype=torch.int32).T.contiguous().view(torch.float32).to(rows.device)
 
 
 def _magnitude_counts(rows: _Rows, prefix: list[int], backend: str) -> Tensor:
-    parts = (select.key_histogram(base, tensors, prefix, backend=backend) for base, tensors in rows.chunks())
+    parts = (select.key_histogram(base, tensors, prefix, backend=backend) for base, tensors in rows)
     total = next(parts)
     for part in parts:
         total += part
-    return total
+    return total.cpu()
 
 
-def _score_bounds(rows: _Rows, rule: PcbRule, places: list[int], backend: str) -> tuple[list[int], list[int]]:
+def _score_bounds(
+    rows: _Rows, rule: PcbRule, places: list[int], backend: str
+) -> tuple[list[int], list[int]] | tuple[Tensor, Tensor]:
     """The keys of the scores at these places of each row, and of the highest ones; exact."""
     numel = rows.numel
+    module = backends.resolve(backend, rows.device)
+    if hasattr(module, "pcb_score_bounds"):
+        found_there: tuple[Tensor, Tensor] = module.pcb_score_bounds(rows, rule, [numel - place for place in places])
+        return found_there
     if numel <= _FEW:
-        scores = torch.cat([pcb_scores(base, x, rule, backend=backend) for base, x in rows.chunks()], dim=1)
+        scores = torch.cat([pcb_scores(base, x, rule, backend=backend) for base, x in rows], dim=1)
         ordered = [score_keys(row).sort().values for row in scores]
         return [int(row[place]) for row, place in zip(ordered, places)], [int(row[-1]) for row in ordered]
 
@@ -220,10 +242,10 @@ def _score_bounds(rows: _Rows, rule: PcbRule, places: list[int], backend: str) -
         keys = [key for key in found if key is not None]
         if len(keys) == rows.models:
             return keys, highest
-    counts = torch.zeros(rows.models, SCORE_BINS, dtype=torch.int64)
-    for base, tensors in rows.chunks():
+    counts = torch.zeros(rows.models, SCORE_BINS, dtype=torch.int64, device=rows.device)
+    for base, tensors in rows:
         counts += pcb_histogram(base, tensors, rule, [-1] * rows.models, backend=backend)
-    low = [score_prefix(row, k) << LOW_BITS for row, k in zip(counts, ranks)]
+    low = [score_prefix(row, k) << LOW_BITS for row, k in zip(counts.cpu(), ranks)]
     found, highest = _sweep_windows(rows, rule, low, 1 << LOW_BITS, ranks, backend)
     return [key for key in found if key is not None], highest
 
@@ -232,11 +254,11 @@ def _sweep_windows(
     rows: _Rows, rule: PcbRule, low: list[int], width: int, ranks: list[int], backend: str
 ) -> tuple[list[int | None], list[int]]:
     """The keys of the k-th highest scores as far as they lie in the windows, and the highest keys."""
-    counts = torch.zeros(rows.models, 1 + width, dtype=torch.int64)
-    highest = torch.zeros(rows.models, dtype=torch.int64)
-    for base, tensors in rows.chunks():
+    counts = torch.zeros(rows.models, 1 + width, dtype=torch.int64, device=rows.device)
+    highest = torch.zeros(rows.models, dtype=torch.int64, device=rows.device)
+    for base, tensors in rows:
         pcb_window_(base, tensors, rule, low, counts, highest, backend=backend)
-    found = [score_bound_in_window(row, start, k) for row, start, k in zip(counts, low, ranks)]
+    found = [score_bound_in_window(row, start, k) for row, start, k in zip(counts.cpu(), low, ranks)]
     return found, highest.tolist()
 
 
@@ -285,23 +307,26 @@ def _found(rows: _Rows, variant: str, density: list[float], backend: str) -> Pcb
     """Everything that the merge must know of whole rows; each part takes sweeps of its own."""
     if variant == "paper":
         rule = PcbRule("paper", extremes=_extremes(rows, backend))
-        sums = torch.zeros(rows.models + pairs(rows.models), L1_LIMBS, dtype=torch.int64)
-        for base, tensors in rows.chunks():
+        sums = torch.zeros(rows.models + pairs(rows.models), L1_LIMBS, dtype=torch.int64, device=rows.device)
+        for base, tensors in rows:
             sums += pcb_sums(base, tensors, rule, backend=backend)
-        rule = PcbRule("paper", extremes=rule.extremes, means=pcb_means(sums, rows.numel, rows.models))
+        means = pcb_means(sums.cpu(), rows.numel, rows.models).to(rows.device)
+        rule = PcbRule("paper", extremes=rule.extremes, means=means)
     else:
         rule = PcbRule(variant, clip=_clip(rows, variant, backend))  # type: ignore[arg-type]
     places = [pcb_ranks(rows.numel, d, variant)[2] for d in density]
     keys, highest = _score_bounds(rows, rule, places, backend)
-    thresholds = pcb_thresholds(keys, highest, density, variant)
+    thresholds = pcb_thresholds(keys, highest, density, variant).to(rows.device)
     return PcbRule(rule.variant, rule.clip, rule.extremes, rule.means, thresholds)
 
 
 def _targets(rows: _Rows, out: Any) -> list[Tensor]:
     """Where each shard of the result goes, flat: new tensors, or what the caller passed."""
     if out is None:
-        dtypes = [_narrow(shard[0][:0]).dtype for shard in rows.shards]
-        return [torch.empty(shape.numel(), dtype=dtype) for shape, dtype in zip(rows.shapes, dtypes)]
+        dtypes = [_readable(shard[0][:0]).dtype for shard in rows.shards]
+        return [
+            torch.empty(shape.numel(), dtype=dtype, device=rows.device) for shape, dtype in zip(rows.shapes, dtypes)
+        ]
     given = list(out) if rows.form == "shards" and isinstance(out, (list, tuple)) else [out]
     if rows.form == "shards" and not isinstance(out, (list, tuple)):
         raise ArgumentTypeError("out must be a list of shards, as task_vectors has; pass one tensor for each shard.")
@@ -352,14 +377,15 @@ def pcb_merge(
     densities = _checks.fractions("density", density, rows.models)
     weights = [_checks.real("weight", w) for w in _checks.per_model("weight", weight, rows.models)]
     targets = _targets(rows, out)
-    scales = [torch.empty(rows.models, x.numel()) for x in targets] if return_scale else []
+    scales = [torch.empty(rows.models, x.numel(), device=rows.device) for x in targets] if return_scale else []
     if rows.numel:
         rule = _found(rows, variant, densities, backend)
         for number, place, base, tensors in rows.pieces():
-            part = torch.empty(rows.models, tensors[0].numel()) if return_scale else None
-            pcb_apply(base, tensors, weights, rule, out=targets[number][place], scale=part, backend=backend)
-            if part is not None:
-                scales[number][:, place] = part
+            share = scales[number][:, place] if return_scale else None
+            written = None if share is None else share.contiguous()
+            pcb_apply(base, tensors, weights, rule, out=targets[number][place], scale=written, backend=backend)
+            if share is not None and written is not None and written is not share:
+                share.copy_(written)
     if out is None:
         wanted = [x.dtype for x in _first_row(task_vectors)]
         shaped = [x.view(shape).to(dtype) for x, shape, dtype in zip(targets, rows.shapes, wanted)]

@@ -9,15 +9,74 @@ from __future__ import annotations
 import os
 
 import torch
+import triton
 
+from .consensus import consensus_apply, consensus_apply_many
 from .launch import INTERPRETED
+from .pcb import (
+    pcb_apply,
+    pcb_extremes,
+    pcb_histogram,
+    pcb_score_bounds,
+    pcb_scores,
+    pcb_sums,
+    pcb_window_,
+    score_keys,
+)
+from .select import (
+    abs_histogram,
+    hashed_mask,
+    key_histogram,
+    key_window_,
+    kth_magnitude,
+    magnitude_bounds,
+    magnitude_bounds_many,
+    tie_counts,
+    topk_mask,
+)
+from .sparsify import count_nonfinite, kept_masks, l1_sums, zero_nonfinite_
+
+__all__ = [
+    "DEVICES",
+    "check_usable",
+    "abs_histogram",
+    "consensus_apply",
+    "consensus_apply_many",
+    "count_nonfinite",
+    "hashed_mask",
+    "kept_masks",
+    "key_histogram",
+    "key_window_",
+    "kth_magnitude",
+    "l1_sums",
+    "magnitude_bounds",
+    "magnitude_bounds_many",
+    "pcb_apply",
+    "pcb_extremes",
+    "pcb_histogram",
+    "pcb_score_bounds",
+    "pcb_scores",
+    "pcb_sums",
+    "pcb_window_",
+    "score_keys",
+    "tie_counts",
+    "topk_mask",
+    "zero_nonfinite_",
+]
 
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 """Where tensors may be: the interpreter takes those on the CPU, too."""
 
+OLDEST = (3, 4)
+"""The first Triton whose histograms can leave elements out."""
 
-def _check_usable() -> None:
-    """ImportError with the reason where kernels could not run."""
+
+def check_usable() -> None:
+    """ImportError with the reason where kernels could not run: asked before the backend is taken."""
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        raise ImportError(
+            f"Triton {triton.__version__} is too old for these kernels; install {OLDEST[0]}.{OLDEST[1]} or newer"
+        )
     if INTERPRETED:
         return
     if not torch.cuda.is_available():
@@ -30,6 +89,3 @@ def _check_usable() -> None:
 
 def _is_program(name: str) -> bool:
     return any(os.access(os.path.join(folder, name), os.X_OK) for folder in os.get_exec_path())
-
-
-_check_usable()

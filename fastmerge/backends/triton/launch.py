@@ -19,11 +19,15 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from ..._triton import numbers, tables
+from . import interpreting
 
 INTERPRETED = not isinstance(numbers.widen, JITFunction)
 """Whether kernels are interpreted instead of compiled: TRITON_INTERPRET=1 was set when Triton was imported."""
 
 BLOCK_VARIABLE = "FASTMERGE_TRITON_BLOCK"
+
+LONG_TABLE = 64
+"""Numbers that are still written by launches, of 16 each; a copy costs more than a few of them."""
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes as kernels name them (COMPUTE)."""
@@ -35,6 +39,10 @@ _Interceptor = Callable[[Any, Sequence[int], tuple[Any, ...], dict[str, Any]], N
 _interceptor: _Interceptor | None = None
 # The interpreter changes Triton's language while a kernel runs, for all threads.
 _interpreting = threading.Lock()
+
+
+if INTERPRETED:
+    interpreting.mend()
 
 
 def launch(
@@ -72,17 +80,27 @@ def intercepted(interceptor: _Interceptor) -> Iterator[None]:
 
 
 def table(values: Sequence[int], device: torch.device) -> Tensor:
-    """int64 numbers in the device's memory, by launches alone: the host waits for nothing, and graphs can capture it.
+    """int64 numbers in the device's memory, without waiting for it.
 
-    For what a launch needs to know of a few tensors: addresses, lengths, float bits. A launch writes 16 numbers; who has
-    thousands keeps the table.
+    For what a launch needs to know of a few tensors: addresses, lengths, float bits. A launch writes 16 numbers, and
+    graphs can capture it. More than LONG_TABLE numbers are copied.
     """
+    if len(values) > LONG_TABLE:
+        return copied(torch.tensor(values, dtype=torch.int64), device)
     rows = max(1, tiles(len(values), tables.ROW))
     out = torch.empty(rows * tables.ROW, dtype=torch.int64, device=device)
     padded = [*values, *[0] * (rows * tables.ROW - len(values))]
     for first in range(0, len(padded), tables.ROW):
         launch(tables.write_row, (1,), device, out[first:], *padded[first : first + tables.ROW], num_warps=1)
     return out
+
+
+def copied(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host in the device's memory, copied while the host goes on."""
+    if device.type == "cpu":
+        return host
+    # Pinned memory is given back only when the copy has been made: PyTorch sees to it.
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def float_bits(value: float) -> int:

@@ -1,0 +1,152 @@
+"""Every rule of the kernels is held by a test: break the rule, and the test fails.
+
+Each mutation changes one text of one file in a copy of this tree and runs the tests that must notice. ``python -m
+checks.mutations`` tries all of them, which takes long; ``--only PATTERN`` those whose name or file contains it. A
+mutation that survives is a rule without a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from checks import ROOT
+from checks.mutation_list import MUTATIONS, Mutation
+
+COPIED = ("checks", "csrc", "docs", "fastmerge", "tests", "triton_kernels", "pyproject.toml", "setup.py", "README.md")
+TIMEOUT = 600
+"""Seconds for the tests of one mutation; one that hangs has noticed, too."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutation. fate: "killed", "survived", or "broken": the tests could not be run with it.
+
+    tests: what pytest said last.
+    """
+
+    mutation: Mutation
+    fate: str
+    tests: str
+    seconds: float
+
+
+def problems(mutations: Iterable[Mutation] = MUTATIONS, root: Path = ROOT) -> list[str]:
+    """Mutations that cannot be made: their text is not there, or more than once; or no test of that name is there."""
+    found = []
+    names = set()
+    for mutation in mutations:
+        where = f"{mutation.file}: the mutation {mutation.name!r}"
+        if (mutation.file, mutation.name) in names:
+            found.append(f"{where} is there twice")
+        names.add((mutation.file, mutation.name))
+        count = (root / mutation.file).read_text(encoding="utf-8").count(mutation.old)
+        if count != 1:
+            found.append(f"{where} looks for a text that is there {count} times: {mutation.old!r}")
+        if mutation.new == mutation.old:
+            found.append(f"{where} changes nothing")
+        for test in mutation.tests:
+            file, _, name = test.partition("::")
+            name = name.partition("[")[0]
+            text = (root / file).read_text(encoding="utf-8") if (root / file).is_file() else None
+            if text is None or (name and f"def {name}(" not in text):
+                found.append(f"{where} names the test {test}, which is not there")
+    return found
+
+
+def copy_of(root: Path, folder: Path) -> Path:
+    """A copy of what the tests need, compiled modules included, without what they made before."""
+    for name in COPIED:
+        if (root / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+            shutil.copytree(root / name, folder / name, symlinks=True, ignore=ignored)
+        elif (root / name).exists():
+            shutil.copy(root / name, folder / name)
+    return folder
+
+
+def pytest_in(folder: Path, tests: Iterable[str], timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
+    """Run tests of the copy, with the copy's package and the first failure as the end; 0 means that all passed."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    # A counterexample is enough; the smallest one is looked for by people.
+    environment.setdefault("HYPOTHESIS_PROFILE", "first_failure")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider"]
+    try:
+        return subprocess.run(
+            [*command, *tests],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired as error:
+        return subprocess.CompletedProcess(error.cmd, -1, "still running after the time for it", "")
+
+
+def fate_of(returncode: int) -> str:
+    """What pytest's exit status says: 0 all passed, 1 some failed; to die, or to take too long, is to notice."""
+    return {0: "survived", 1: "killed"}.get(returncode, "killed" if returncode < 0 else "broken")
+
+
+def tried(mutation: Mutation) -> Outcome:
+    """Make a mutation in a copy of the tree and run its tests there."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutation-") as name:
+        folder = copy_of(ROOT, Path(name))
+        path = folder / mutation.file
+        path.write_text(path.read_text(encoding="utf-8").replace(mutation.old, mutation.new), encoding="utf-8")
+        result = pytest_in(folder, mutation.tests)
+    lines = [line for line in result.stdout.splitlines() if line.strip()]
+    said = lines[-1] if lines and result.returncode >= 0 else f"ended with {result.returncode}"
+    return Outcome(mutation, fate_of(result.returncode), said, time.monotonic() - started)
+
+
+def unmutated(mutations: Iterable[Mutation]) -> str:
+    """What pytest says of all tests of these mutations in a copy without any, or nothing if they pass."""
+    tests = sorted({test for mutation in mutations for test in mutation.tests})
+    with tempfile.TemporaryDirectory(prefix="mutation-") as name:
+        result = pytest_in(copy_of(ROOT, Path(name)), tests, timeout=len(tests) * TIMEOUT)
+    return result.stdout + result.stderr if result.returncode else ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Try mutations and tell each one's fate; 1 if any survives or cannot be made."""
+    parser = argparse.ArgumentParser(prog="python -m checks.mutations", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=[""], help="only those whose file or name contains one of these")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
+    chosen = parser.parse_args(arguments)
+    wanted = [each for each in MUTATIONS if any(text in f"{each.file}: {each.name}" for text in chosen.only)]
+    for sentence in (unmakeable := problems(wanted)):
+        print(sentence, file=sys.stderr)
+    if unmakeable:
+        return 1
+    if not wanted:
+        print(f"no mutation has any of {chosen.only} in its file or name", file=sys.stderr)
+        return 1
+    if failing := unmutated(wanted):
+        print(f"tests fail without any mutation, so that they prove nothing:\n{failing}", file=sys.stderr)
+        return 1
+    fates: Counter[str] = Counter()
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        for outcome in pool.map(tried, wanted):
+            fates[outcome.fate] += 1
+            where = f"{outcome.mutation.file}: {outcome.mutation.name}"
+            print(f"{outcome.fate:9}{where} ({outcome.seconds:.0f} s; {outcome.tests})", flush=True)
+    print(f"of {len(wanted)} mutations: {', '.join(f'{count} {fate}' for fate, count in fates.items())}")
+    return 0 if fates["killed"] == len(wanted) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
