@@ -168,6 +168,8 @@ def _sparsify() -> Iterator[Call]:
             wide = aligned and method != "della"
             yield Call("l1_sums", f"{variant}, {method}", arguments, everywhere=typical, wide=wide)
             if method in ("band", "bernoulli", "della"):
+                # Only the ranks of bands and DELLA depend on values; DELLA's rows are sorted, which is not streaming.
+                wide = aligned and method == "band"
                 yield Call("kept_masks", f"{variant}, {method}", arguments, everywhere=typical, wide=wide)
     for length in (1, 7, 64, 4096, 16384, 65536):
         chosen = rule("della", 1, row_length=length)

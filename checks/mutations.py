@@ -8,6 +8,7 @@ mutation that survives is a rule without a test.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import subprocess
@@ -24,15 +25,16 @@ from checks import ROOT
 from checks.mutation_list import MUTATIONS, Mutation
 
 COPIED = ("checks", "csrc", "docs", "fastmerge", "tests", "triton_kernels", "pyproject.toml", "setup.py", "README.md")
-TIMEOUT = 600
-"""Seconds for the tests of one mutation; one that hangs has noticed, too."""
+TIMED_OUT = 124
+TIMEOUT = 1800
+"""Seconds for the tests of one mutation, if no other number is given."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutation. fate: "killed", "survived", or "broken": the tests could not be run with it.
+    """What became of a mutation; tests: what pytest said last.
 
-    tests: what pytest said last.
+    fate: "killed" or "survived"; "broken": the tests could not be run with it; "undecided": they took too long.
     """
 
     mutation: Mutation
@@ -92,22 +94,24 @@ def pytest_in(folder: Path, tests: Iterable[str], timeout: float = TIMEOUT) -> s
             timeout=timeout,
         )
     except subprocess.TimeoutExpired as error:
-        return subprocess.CompletedProcess(error.cmd, -1, "still running after the time for it", "")
+        return subprocess.CompletedProcess(error.cmd, TIMED_OUT, f"still running after {timeout:.0f} s", "")
 
 
 def fate_of(returncode: int) -> str:
-    """What pytest's exit status says: 0 all passed, 1 some failed; to die, or to take too long, is to notice."""
-    return {0: "survived", 1: "killed"}.get(returncode, "killed" if returncode < 0 else "broken")
+    """What pytest's exit status says: 0 all passed, 1 some failed; a process that died of a signal has noticed, too."""
+    return {0: "survived", 1: "killed", TIMED_OUT: "undecided"}.get(
+        returncode, "killed" if returncode < 0 else "broken"
+    )
 
 
-def tried(mutation: Mutation) -> Outcome:
+def tried(mutation: Mutation, timeout: float = TIMEOUT) -> Outcome:
     """Make a mutation in a copy of the tree and run its tests there."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutation-") as name:
         folder = copy_of(ROOT, Path(name))
         path = folder / mutation.file
         path.write_text(path.read_text(encoding="utf-8").replace(mutation.old, mutation.new), encoding="utf-8")
-        result = pytest_in(folder, mutation.tests)
+        result = pytest_in(folder, mutation.tests, timeout)
     lines = [line for line in result.stdout.splitlines() if line.strip()]
     said = lines[-1] if lines and result.returncode >= 0 else f"ended with {result.returncode}"
     return Outcome(mutation, fate_of(result.returncode), said, time.monotonic() - started)
@@ -126,6 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m checks.mutations", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[""], help="only those whose file or name contains one of these")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds for the tests of one mutation")
     chosen = parser.parse_args(arguments)
     wanted = [each for each in MUTATIONS if any(text in f"{each.file}: {each.name}" for text in chosen.only)]
     for sentence in (unmakeable := problems(wanted)):
@@ -140,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     fates: Counter[str] = Counter()
     with ThreadPoolExecutor(chosen.jobs) as pool:
-        for outcome in pool.map(tried, wanted):
+        for outcome in pool.map(functools.partial(tried, timeout=chosen.timeout), wanted):
             fates[outcome.fate] += 1
             where = f"{outcome.mutation.file}: {outcome.mutation.name}"
             print(f"{outcome.fate:9}{where} ({outcome.seconds:.0f} s; {outcome.tests})", flush=True)

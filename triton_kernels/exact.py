@@ -95,7 +95,7 @@ def kept_tile(
 def add_l1(
     base, listed, models: "i64", sums, n: "i64", given, stride: "i64", key: "i64", tensor_low: "i64", offset: "i64",
     METHOD: tl.constexpr, FOURS: tl.constexpr, SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr,
-    SPAN: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Add the magnitudes of the listed models' deltas, all and kept, to sums: int64[rows, 2, COPIES, ROW]."""
     models = models.to(tl.int64)
@@ -139,10 +139,10 @@ def add_l1(
                 kept_words = in_limbs(kept_slots, unit)
     if plain == 0:
         turning = sparsify.turns_in(base, x, given, stride, model, start, end, METHOD, SUBTRACT, COMPUTE, ALIGN)
-        for at in range(start, end, BLOCK):
+        for at in range(start, end, PIECE):
             mantissa, place, kept = kept_tile(
                 base, x, at, n, given, stride, model, turning, (at - start).to(tl.int32), key, tensor_low, offset,
-                draw, METHOD, FOURS, SUBTRACT, COMPUTE, BLOCK, False, ALIGN,
+                draw, METHOD, FOURS, SUBTRACT, COMPUTE, PIECE, False, ALIGN,
             )  # fmt: skip
             more, more_kept = by_limb(mantissa, kept, place)
             words += more

@@ -723,6 +723,18 @@ def wider_by_value(rows, state):
 
 
 @triton.jit
+def add_limbs(limbs, value, place):
+    """Add value * 2**place, value an int64 that is not negative, to a sum of 32-bit limbs, little end first."""
+    first = limbs + (place >> 5)
+    shift = (place & 31).to(tl.int64)
+    low = (value & LIMB) << shift
+    high = (value >> 32) << shift
+    tl.atomic_add(first, low & LIMB, sem="relaxed")
+    tl.atomic_add(first + 1, (low >> 32) + (high & LIMB), sem="relaxed")
+    tl.atomic_add(first + 2, high >> 32, sem="relaxed")
+
+
+@triton.jit
 def sum_tile(limbs, x, valid):
     """Add a tile of finite magnitudes to an exact sum; what is not finite, or not valid, is left out.
 
@@ -736,7 +748,7 @@ def sum_tile(limbs, x, valid):
         unit = tl.maximum(top - 26, 0)
         now = place >= unit
         total = tl.sum(tl.where(now, mantissa.to(tl.int64) << tl.maximum(place - unit, 0).to(tl.int64), 0), axis=0)
-        exact.add_placed(limbs, total & LIMB, total >> 32, unit)
+        add_limbs(limbs, total, unit)
         mantissa = tl.where(now, 0, mantissa)
         top = tl.max(tl.where(mantissa > 0, place, -1), axis=0)
 

@@ -389,7 +389,7 @@ def bits_tile(
 def keep_bits(
     base, listed, models: "i64", out, n: "i64", given, stride: "i64", key: "i64", tensor_low: "i64", offset: "i64",
     METHOD: tl.constexpr, FOURS: tl.constexpr, SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr,
-    SPAN: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Masks uint8[rows, ceil(n / 8)] of what is kept of the listed models; the arguments are those of the merge."""
     models = models.to(tl.int64)
@@ -410,10 +410,10 @@ def keep_bits(
         )  # fmt: skip
     if whole < end:
         turning = turns_in(base, x, given, stride, model, whole, end, METHOD, SUBTRACT, COMPUTE, ALIGN)
-        for at in range(whole, end, BLOCK):
+        for at in range(whole, end, PIECE):
             bits_tile(
                 base, x, row, at, n, given, stride, model, turning, (at - whole).to(tl.int32), key, tensor_low,
-                offset, draw, METHOD, FOURS, SUBTRACT, COMPUTE, BLOCK, False, ALIGN,
+                offset, draw, METHOD, FOURS, SUBTRACT, COMPUTE, PIECE, False, ALIGN,
             )  # fmt: skip
 
 
@@ -421,32 +421,34 @@ def keep_bits(
 
 
 @triton.jit
-def greatest(x, start, n, end, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+def greatest(x, start, n, end, BLOCK: tl.constexpr, PIECE: tl.constexpr, ALIGN: tl.constexpr):
     """The greatest bits without sign from `start` to `end`: from 0x7F800000 on something is not finite."""
     most = tl.zeros((BLOCK,), tl.int32)
+    rest = tl.zeros((PIECE,), tl.int32)
     whole = start + (end - start) // BLOCK * BLOCK
     for at in range(start, whole, BLOCK):
         value = numbers.widen(raw(x, at, n, BLOCK, True, ALIGN))
         most = tl.maximum(most, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    if whole < end:
-        for at in range(whole, end, BLOCK):
-            value = numbers.widen(raw(x, at, n, BLOCK, False, ALIGN))
-            most = tl.maximum(most, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    return tl.max(most, axis=0)
+    for at in range(whole, end, PIECE):
+        value = numbers.widen(raw(x, at, n, PIECE, False, ALIGN))
+        rest = tl.maximum(rest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    return tl.maximum(tl.max(most, axis=0), tl.max(rest, axis=0))
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["x"])
-def count_nonfinite(x, counts, n: "i64", SPAN: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+def count_nonfinite(
+    x, counts, n: "i64", SPAN: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, ALIGN: tl.constexpr
+):
     """Add how many NaNs and how many infinities there are to counts: int64[2]."""
     n = n.to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * SPAN
     end = tl.minimum(start + SPAN, n)
     # Nearly always there is none, and nothing is counted.
-    if greatest(x, start, n, end, BLOCK, ALIGN) >= numbers.INF_KEY:
-        nans = tl.zeros((BLOCK,), tl.int32)
-        infinities = tl.zeros((BLOCK,), tl.int32)
-        for at in range(start, end, BLOCK):
-            value = numbers.widen(raw(x, at, n, BLOCK, False, ALIGN))
+    if greatest(x, start, n, end, BLOCK, PIECE, ALIGN) >= numbers.INF_KEY:
+        nans = tl.zeros((PIECE,), tl.int32)
+        infinities = tl.zeros((PIECE,), tl.int32)
+        for at in range(start, end, PIECE):
+            value = numbers.widen(raw(x, at, n, PIECE, False, ALIGN))
             bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
             nans += (bits > numbers.INF_KEY).to(tl.int32)
             infinities += (bits == numbers.INF_KEY).to(tl.int32)
@@ -455,15 +457,146 @@ def count_nonfinite(x, counts, n: "i64", SPAN: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["x"])
-def zero_nonfinite(x, n: "i64", SPAN: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+def zero_nonfinite(
+    x, n: "i64", SPAN: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, ALIGN: tl.constexpr
+):
     """Store +0 where x is NaN or infinite, and nothing elsewhere."""
     n = n.to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * SPAN
     end = tl.minimum(start + SPAN, n)
-    if greatest(x, start, n, end, BLOCK, ALIGN) >= numbers.INF_KEY:
-        place = tl.arange(0, BLOCK)
-        for at in range(start, end, BLOCK):
-            value = numbers.widen(raw(x, at, n, BLOCK, False, ALIGN))
+    if greatest(x, start, n, end, BLOCK, PIECE, ALIGN) >= numbers.INF_KEY:
+        place = tl.arange(0, PIECE)
+        for at in range(start, end, PIECE):
+            value = numbers.widen(raw(x, at, n, PIECE, False, ALIGN))
             wrong = (value.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= numbers.INF_KEY
-            zero = tl.zeros((BLOCK,), x.dtype.element_ty)
+            zero = tl.zeros((PIECE,), x.dtype.element_ty)
             tl.store(x + at + place, zero, mask=wrong & (place < n - at))
+
+
+# -- ranks within rows -------------------------------------------------------------------------------------------------
+#
+# DELLA keeps an element with a probability that depends on how many keys of its row are smaller, and how many are not
+# larger. Rows are cut into chunks of a length that one program can sort; an element's rank is the sum of its ranks in
+# the sorted chunks of its row, found by bisection. Most elements need none: their word alone decides.
+#
+# The table has five numbers for each model: its address, the bits of the least probability and of what the ranks add to
+# it, both float64, the stream of its random words, and its row in the mask.
+
+
+@triton.jit(do_not_specialize=["models", "begin", "rows", "length", "chunks"], do_not_specialize_on_alignment=["base"])
+def sort_rows(
+    base, listed, models: "i64", keys, begin: "i64", rows: "i64", length: "i64", chunks: "i64",
+    SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, SORT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Keys of each chunk of the rows from element `begin` on, sorted: int32[models, rows, chunks, CHUNK].
+
+    A program takes one chunk of ROWS rows. Behind a row's end follow keys above all others. SORT: otherwise the keys are
+    left as they are, and chunks follow each other without a gap.
+    """
+    models = models.to(tl.int64)
+    rows = rows.to(tl.int64)
+    length = length.to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    model = program % models
+    program = program // models
+    chunk = program % chunks
+    first = program // chunks * ROWS
+    x = tables.address_of(tl.load(listed + 5 * model), DTYPE, False)
+    row = first + tl.arange(0, ROWS)[:, None]
+    place = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
+    there = (row < rows) & (place < length)
+    at = begin + row * length + place
+    value = numbers.widen(tl.load(x + at, mask=there, other=0.0))
+    subtracted = value
+    if SUBTRACT:
+        subtracted = numbers.widen(tl.load(base + at, mask=there, other=0.0))
+    key = numbers.magnitude_key(numbers.difference(subtracted, value, SUBTRACT, COMPUTE))
+    if SORT:
+        key = tl.sort(tl.where(there, key, 0x7FFFFFFF), dim=1)
+        tl.store(keys + (model * rows + row) * (chunks * CHUNK) + place, key, mask=row < rows)
+    else:
+        tl.store(keys + (model * rows + row) * length + place, key, mask=there)
+
+
+@triton.jit
+def smaller(keys, length, highest, key, sought):
+    """How many of `length` sorted keys are below each key: int32. highest: a power of two that is not below length."""
+    count = tl.zeros_like(key)
+    step = highest.to(tl.int32)
+    while step > 0:
+        probe = count + step
+        inside = sought & (probe <= length)
+        found = tl.load(keys + probe - 1, mask=inside, other=0x7FFFFFFF)
+        count = tl.where(inside & (found < key), probe, count)
+        step = step // 2
+    return count
+
+
+@triton.jit
+def keep_limit(probability):
+    """floor(p * 2**32), int64 from 0 to 2**32."""
+    limit = (probability * 4294967296.0).to(tl.int64)
+    return tl.minimum(tl.maximum(limit, 0), tl.full((), 1 << 32, tl.int64))
+
+
+@triton.jit(
+    do_not_specialize=["models", "begin", "rows", "length", "chunks", "chunk", "highest", "n", "key", "tensor_low",
+                       "offset"],
+    do_not_specialize_on_alignment=["base"],
+)  # fmt: skip
+def keep_by_rank(
+    base, listed, models: "i64", keys, out, begin: "i64", rows: "i64", length: "i64", chunks: "i64", chunk: "i64",
+    highest: "i64", n: "i64", key: "i64", tensor_low: "i64", offset: "i64",
+    FOURS: tl.constexpr, SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """What DELLA keeps of the rows from element `begin` on, in out: uint8[., ceil(n / 8)].
+
+    keys: what `sort_rows` has left, chunks of `chunk` keys. highest: a power of two, at least `chunk`.
+    """
+    models = models.to(tl.int64)
+    rows = rows.to(tl.int64)
+    length = length.to(tl.int64)
+    begin = begin.to(tl.int64)
+    n = n.to(tl.int64)
+    row_keys = chunks.to(tl.int64) * chunk
+    program = tl.program_id(0).to(tl.int64)
+    model = program % models
+    start = program // models * BLOCK
+    stop = rows * length
+    entry = listed + 5 * model
+    x = tables.address_of(tl.load(entry), DTYPE, False)
+    least = tl.load(entry + 1).to(tl.float64, bitcast=True)
+    spread = tl.load(entry + 2).to(tl.float64, bitcast=True)
+    stream = tl.load(entry + 3)
+    number = tl.load(entry + 4)
+    place = tl.arange(0, BLOCK)
+    there = place < stop - start
+    first = begin + start
+    word = random.words(offset.to(tl.int64) + first, key.to(tl.int64), tensor_low.to(tl.int64), stream, BLOCK, FOURS)
+    word = word.to(tl.int64)
+    zero = tl.zeros((BLOCK,), tl.float64)
+    # Ranks are between 0 and 1, and rounding keeps the order, so that these are the limits' extremes.
+    one_end = keep_limit(zero + least)
+    other_end = keep_limit((zero + least) + spread)
+    always = word < tl.minimum(one_end, other_end)
+    never = word >= tl.maximum(one_end, other_end)
+    sought = there & (always == 0) & (never == 0)
+    value = numbers.widen(tl.load(x + first + place, mask=sought, other=0.0))
+    subtracted = value
+    if SUBTRACT:
+        subtracted = numbers.widen(tl.load(base + first + place, mask=sought, other=0.0))
+    magnitude = numbers.magnitude_key(numbers.difference(subtracted, value, SUBTRACT, COMPUTE))
+    below = tl.zeros((BLOCK,), tl.int64)
+    at_most = tl.zeros((BLOCK,), tl.int64)
+    row = keys + (model * rows + (start + place) // length) * row_keys
+    for number_of_chunk in range(0, chunks):
+        sorted_keys = row + number_of_chunk * chunk
+        below += smaller(sorted_keys, chunk, highest, magnitude, sought)
+        at_most += smaller(sorted_keys, chunk, highest, magnitude + 1, sought)
+    twice = (below + at_most - 1).to(tl.float64)
+    rank = twice / (zero + 2.0 * (length - 1).to(tl.float64))
+    probability = least + spread * rank
+    keep = there & (always | (sought & (word < keep_limit(probability))))
+    at = tl.arange(0, BLOCK // 8)
+    tl.store(out + number * ((n + 7) // 8) + first // 8 + at, packed(keep, BLOCK), mask=at * 8 < stop - start)

@@ -54,6 +54,7 @@ def test_fates(tmp_path, rule, fate):
     assert mutations.fate_of(result.returncode) == fate
 
 
-def test_what_takes_too_long_has_noticed(tmp_path):
+def test_what_takes_too_long_proves_nothing(tmp_path):
     rule = "import time\n\n\ndef add(a, b):\n    time.sleep(60)\n"
-    assert mutations.fate_of(mutations.pytest_in(tree(tmp_path, rule), CORRECT.tests, timeout=3).returncode) == "killed"
+    result = mutations.pytest_in(tree(tmp_path, rule), CORRECT.tests, timeout=3)
+    assert mutations.fate_of(result.returncode) == "undecided"

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..._triton import consensus as kernels
 from ..rule import TIE_BLOCK, SparsifyRule
 from .launch import CODES, block, copied, flat, float_bits, launch, table, tiles
-from .sparsify import BY_VALUE, TYPES, Given, Words, alignment, decided, padded, usable
+from .sparsify import BY_VALUE, PIECE, TYPES, Given, Words, alignment, decided, padded, usable
 
 __all__ = ["consensus_apply", "consensus_apply_many"]
 
@@ -20,9 +20,6 @@ BLOCK = 1024
 
 TILES = 4
 """Tiles per program: what they share is worked out once, and there are still enough programs to keep a GPU busy."""
-
-PIECE = 512
-"""Elements that a program takes at once where a cut between ties, or the end, lies in its tiles: few registers."""
 
 _ELECTIONS = {"none": 0, "weighted": 1, "total": 2, "frequency": 3}
 _DIVISORS = {"none": 0, "weights": 1, "count": 2, "value": 3}

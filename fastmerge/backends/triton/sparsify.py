@@ -25,6 +25,18 @@ BLOCK = 1024
 TILES = 4
 """Tiles per program, which begin to be independent after what they share is known."""
 
+PIECE = 512
+"""Elements that a program takes at once where a cut between ties, or the end, lies in its tiles: few registers."""
+
+CHUNK = 4096
+"""Keys that one program sorts: more take more steps each, fewer have to be searched more often."""
+
+MOST_CHUNKS = 16
+"""Chunks of a row that each element is looked up in; longer rows are sorted as a whole, by PyTorch."""
+
+SORTED = 1 << 24
+"""Keys that are kept sorted at a time: 64 MB."""
+
 LOOK_BLOCK = 2048
 LOOK_TILES = 4
 """Where nothing is computed: more elements for each thread, so that enough loads are under way."""
@@ -141,38 +153,142 @@ def decided(base: Tensor | None, tensors: list[Tensor], rule: SparsifyRule, comp
 
 def kept_masks(base: Tensor | None, tensors: list[Tensor], rule: SparsifyRule, compute: torch.dtype) -> Tensor:
     """What a rule keeps of each model's delta, as bits; see `fastmerge.ops.kept_masks`."""
-    if rule.method == "della":
-        from ...reference.sparsify import kept_masks as r
-        return r(base, tensors, rule, compute)
     numel = tensors[0].numel()
     out = torch.empty(len(tensors), tiles(numel, 8), dtype=torch.uint8, device=tensors[0].device)
-    _each_model(kernels.keep_bits, base, tensors, rule, compute, out)
+    if rule.method != "della":
+        # Only bands look at the values.
+        base = base if rule.method == "band" else None
+        _each_model(kernels.keep_bits, base, tensors, Given.of(rule, len(tensors)), compute, out)
+        return out
+    ranked = []
+    draws = {}
+    for i, (density, epsilon, position) in enumerate(zip(rule.density, rule.epsilon, rule.positions)):
+        if 0 < density < 1 and rule.row_length > 1:
+            ranked.append(i)
+        else:
+            # All, nothing, or a row of one element, whose rank is the middle one.
+            limit = (1 << 32) * (density >= 1)
+            if 0 < density < 1:
+                limit = keep_limit((density - epsilon) + (2 * epsilon) * 0.5)
+            draws[i] = draw(random.DELLA, position, limit)
+    if draws:
+        given = Given(METHODS["bernoulli"], (), 1, Words.of(rule), [draws.get(i, 0) for i in range(len(tensors))])
+        _each_model(kernels.keep_bits, None, tensors, given, compute, out, list(draws))
+    if ranked and numel:
+        base = None if base is None else usable(base)
+        for dtype in dict.fromkeys(tensors[i].dtype for i in ranked):
+            some = [i for i in ranked if tensors[i].dtype == dtype]
+            _keep_by_rank(base, tensors, some, rule, compute, out)
     return out
+
+
+def _keep_by_rank(
+    base: Tensor | None,
+    tensors: list[Tensor],
+    ranked: list[int],
+    rule: SparsifyRule,
+    compute: torch.dtype,
+    out: Tensor,
+) -> None:
+    """DELLA's masks of some models of one dtype, some rows at a time."""
+    numel, length, device = tensors[0].numel(), rule.row_length, out.device
+    chunk = min(block(CHUNK), 1 << (length - 1).bit_length())
+    chunks = tiles(length, chunk)
+    sort = chunks <= MOST_CHUNKS
+    models = [usable(tensors[i]) for i in ranked]
+    listed: list[int] = []
+    for i, x in zip(ranked, models):
+        density, epsilon = rule.density[i], rule.epsilon[i]
+        stream = random.stream_id(random.DELLA, rule.positions[i])
+        listed += [x.data_ptr(), _double_bits(density - epsilon), _double_bits(2 * epsilon), stream, i]
+    numbers = table(listed, device)
+    words = Words.of(rule)
+    # In groups of eight rows, so that a group ends where a byte of the mask ends.
+    some = max(1, SORTED // (8 * len(models) * chunks * chunk)) * 8
+    shared = {"SUBTRACT": base is not None, "COMPUTE": CODES[compute], "DTYPE": TYPES[models[0].dtype]}
+    for first in range(0, numel // length, some):
+        rows = min(some, numel // length - first)
+        together = max(1, CHUNK // 4 // chunk)
+        keys = torch.empty(len(models), rows, chunks * chunk if sort else length, dtype=torch.int32, device=device)
+        launch(
+            kernels.sort_rows,
+            (tiles(rows, together) * chunks * len(models),),
+            device,
+            base,
+            numbers,
+            len(models),
+            keys,
+            first * length,
+            rows,
+            length,
+            chunks,
+            ROWS=together,
+            CHUNK=chunk,
+            SORT=sort,
+            num_warps=8,
+            **shared,
+        )
+        if not sort:
+            keys = keys.sort(dim=2).values
+        size = block(BLOCK)
+        parts = (chunks, chunk) if sort else (1, length)
+        launch(
+            kernels.keep_by_rank,
+            (tiles(rows * length, size) * len(models),),
+            device,
+            base,
+            numbers,
+            len(models),
+            keys,
+            out,
+            first * length,
+            rows,
+            length,
+            *parts,
+            1 << (parts[1] - 1).bit_length(),
+            numel,
+            *words.arguments,
+            FOURS=(words.offset + first * length) % 4 == 0,
+            BLOCK=size,
+            **shared,
+        )
+
+
+def _double_bits(value: float) -> int:
+    """The bits of a float64, for a table."""
+    return int(torch.tensor(value, dtype=torch.float64).view(torch.int64))
 
 
 def l1_sums(base: Tensor | None, tensors: list[Tensor], rule: SparsifyRule, compute: torch.dtype) -> Tensor:
     """Exact L1 masses of each model's delta, all and kept; see `fastmerge.ops.l1_sums`."""
     models, device = len(tensors), tensors[0].device
     copies = torch.zeros(models, 2, exact.COPIES.value, exact.ROW.value, dtype=torch.int64, device=device)
-    _each_model(exact.add_l1, base, tensors, decided(base, tensors, rule, compute), compute, copies)
+    given = Given.of(decided(base, tensors, rule, compute), models)
+    _each_model(exact.add_l1, base, tensors, given, compute, copies)
     out = torch.empty(models, 2, L1_LIMBS, dtype=torch.int64, device=device)
     launch(exact.carry, (2 * models,), device, copies, out, num_warps=1)
     return out
 
 
 def _each_model(
-    kernel: Any, base: Tensor | None, tensors: list[Tensor], rule: SparsifyRule, compute: torch.dtype, out: Tensor
+    kernel: Any,
+    base: Tensor | None,
+    tensors: list[Tensor],
+    given: Given,
+    compute: torch.dtype,
+    out: Tensor,
+    wanted: Sequence[int] | None = None,
 ) -> None:
-    """Launch a kernel that takes one model in each program: once for each dtype that there is."""
+    """Launch a kernel that takes one model in each program: once for each dtype of the models that are wanted."""
     numel = tensors[0].numel()
     if numel == 0:
         return
-    given = Given.of(rule, len(tensors))
+    chosen = range(len(tensors)) if wanted is None else wanted
     base = None if base is None else usable(base)
     size = block(BLOCK)
     span = min(TILES * size, TIE_BLOCK)
-    for dtype in dict.fromkeys(x.dtype for x in tensors):
-        models = [(i, usable(x)) for i, x in enumerate(tensors) if x.dtype == dtype]
+    for dtype in dict.fromkeys(tensors[i].dtype for i in chosen):
+        models = [(i, usable(tensors[i])) for i in chosen if tensors[i].dtype == dtype]
         listed = [number for i, x in models for number in (x.data_ptr(), given.draws[i], i)]
         launch(
             kernel,
@@ -192,6 +308,7 @@ def _each_model(
             COMPUTE=CODES[compute],
             SPAN=span,
             BLOCK=size,
+            PIECE=size,
             ALIGN=alignment(base, *(x for _, x in models)),
             DTYPE=TYPES[dtype],
         )
@@ -217,4 +334,5 @@ def _look(kernel: Any, x: Tensor, *out: Tensor) -> None:
     size = block(LOOK_BLOCK)
     span = LOOK_TILES * size
     grid = (tiles(x.numel(), span),)
-    launch(kernel, grid, x.device, x, *out, x.numel(), SPAN=span, BLOCK=size, ALIGN=alignment(x))
+    constants = {"SPAN": span, "BLOCK": size, "PIECE": min(PIECE, size), "ALIGN": alignment(x)}
+    launch(kernel, grid, x.device, x, *out, x.numel(), **constants)
