@@ -207,9 +207,12 @@ _GCN_INEXACT = (
 )
 # A division that is rounded correctly is these instructions, whatever compiles it: an estimate of the reciprocal that
 # fused multiply-adds refine, and the last step (div_fmas, div_fixup), which rounds. A division of 64-bit integers
-# begins with the estimate of a float reciprocal, two fused multiply-adds and one truncation, and ends with integers.
+# begins with the estimate of a float reciprocal, two fused multiply-adds and one truncation, and ends with integers. A
+# conversion to a 64-bit integer truncates, takes the high half by a multiplication and `floor`, and the low half by a
+# fused multiply-add, all of them exact.
 _FUSED_PER_DIVISION = 5
 _FUSED_PER_INTEGER_DIVISION = 2
+_FUSED_PER_CONVERSION = 1
 
 
 def _read_amd(kernel: Any) -> Code:
@@ -263,13 +266,19 @@ def _fused_outside_divisions(places: dict[str, Counter[str]]) -> list[str]:
         for operations in places.values():
             total.update(operations)
         divisions, estimates = total[f"v_div_fixup_{bits}"], total[f"v_rcp_{bits}"]
-        integers = total[f"v_trunc_{bits}"] if bits == "f32" else 0
-        allowed = _FUSED_PER_DIVISION * divisions + _FUSED_PER_INTEGER_DIVISION * integers
-        astray = sum(count for place, count in fused.items() if not places[place][f"v_rcp_{bits}"])
+        conversions = total[f"v_floor_{bits}"]
+        integers = total[f"v_trunc_{bits}"] - conversions
+        allowed = (
+            _FUSED_PER_DIVISION * divisions
+            + _FUSED_PER_INTEGER_DIVISION * integers
+            + _FUSED_PER_CONVERSION * conversions
+        )
+        anchors = (f"v_rcp_{bits}", f"v_floor_{bits}")
+        astray = sum(count for place, count in fused.items() if not any(places[place][name] for name in anchors))
         if sum(fused.values()) != allowed or estimates != divisions + integers or astray:
             found.append(
                 f"GCN: {sum(fused.values())} fused multiply-adds and {estimates} estimated reciprocals of {bits} for "
-                f"{divisions} divisions rounded correctly and {integers} of integers; {astray} of them where nothing "
-                "is divided"
+                f"{divisions} divisions rounded correctly, {integers} of integers and {conversions} conversions to "
+                f"them; {astray} of them where there is none of these"
             )
     return found

@@ -37,3 +37,22 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+INTERPRETED_EXAMPLES = int(os.environ.get("FASTMERGE_TRITON_EXAMPLES", "20"))
+"""Drawn examples of each test of a kernel in Triton's interpreter, which is far slower than compiled code."""
+
+
+@pytest.fixture(autouse=True)
+def _fewer_examples_where_kernels_are_interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
+    callspec = getattr(request.node, "callspec", None)
+    test = getattr(request.node, "obj", None)
+    given = getattr(test, "_hypothesis_internal_use_settings", None)
+    interpreted = callspec is not None and callspec.params.get("backend") == "triton"
+    if given is None or not interpreted or os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    fewer = settings(given, max_examples=min(given.max_examples, INTERPRETED_EXAMPLES))
+    test._hypothesis_internal_use_settings = fewer
+    yield
+    test._hypothesis_internal_use_settings = given

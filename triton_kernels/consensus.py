@@ -57,7 +57,7 @@ def sparsified(
 def finished(
     total, share, reference, divisor_value, lambda_, out, start, n,
     DIVISOR: tl.constexpr, ADD: tl.constexpr, COMPUTE: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Divide the sum, scale it, add the base, where there is one, and store the tile."""
     result = numbers.round_to(total, COMPUTE)
@@ -71,9 +71,7 @@ def finished(
         result = numbers.round_to(result * lambda_, COMPUTE)
     if ADD:
         result = numbers.round_to(numbers.round_to(reference, COMPUTE) + result, COMPUTE)
-    # The pointer with the tile's beginning in it is the one whose alignment is known.
-    first = tl.multiple_of(out + start, ALIGN)
-    numbers.stored(first, tl.zeros((), tl.int64), n - start, result, BLOCK, WHOLE)
+    numbers.stored(out, start, n, result, BLOCK, WHOLE)
 
 
 @triton.jit
@@ -135,16 +133,16 @@ def merge_tile(
     divisor_value, lambda_,
     METHOD: tl.constexpr, FOURS: tl.constexpr, ELECTION: tl.constexpr, ZERO_SIGN: tl.constexpr, DIVISOR: tl.constexpr,
     SUBTRACT: tl.constexpr, ADD: tl.constexpr, COMPUTE: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One tile of the merge of some models."""
     # All loads before the first use, so that they are under way together.
     loaded = ()
     for i in tl.static_range(len(weights)):
-        loaded = loaded + (sparsify.raw(xs[i], start, n, BLOCK, WHOLE, ALIGN),)
+        loaded = loaded + (sparsify.raw(xs[i], start, n, BLOCK, WHOLE),)
     reference = tl.zeros((BLOCK,), tl.float32)
     if SUBTRACT or ADD:
-        reference = numbers.widen(sparsify.raw(base, start, n, BLOCK, WHOLE, ALIGN))
+        reference = numbers.widen(sparsify.raw(base, start, n, BLOCK, WHOLE))
     deltas = ()
     for i in tl.static_range(len(weights)):
         delta = sparsified(
@@ -155,7 +153,7 @@ def merge_tile(
     total, share = merged(deltas, weights, ELECTION, ZERO_SIGN, DIVISOR, COMPUTE)
     finished(
         total, share, reference, divisor_value, lambda_, out, start, n,
-        DIVISOR, ADD, COMPUTE, SCALED, BLOCK, WHOLE, ALIGN,
+        DIVISOR, ADD, COMPUTE, SCALED, BLOCK, WHOLE,
     )  # fmt: skip
 
 
@@ -165,7 +163,7 @@ def merge_span(
     divisor_value, lambda_,
     METHOD: tl.constexpr, FOURS: tl.constexpr, ELECTION: tl.constexpr, ZERO_SIGN: tl.constexpr, DIVISOR: tl.constexpr,
     SUBTRACT: tl.constexpr, ADD: tl.constexpr, COMPUTE: tl.constexpr, SCALED: tl.constexpr,
-    SPAN: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, ALIGN: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Merge the SPAN elements from `start` on, as far as there are any, tile by tile.
 
@@ -175,22 +173,22 @@ def merge_span(
     end = tl.minimum(start + SPAN, n)
     bands, split = sparsify.bands_of(given, stride, block, last, len(weights), METHOD)
     whole = tl.where(split, start, start + (end - start) // BLOCK * BLOCK)
-    for at in range(start, whole, BLOCK):
+    for at in tl.range(start, whole, BLOCK, num_stages=1):
         merge_tile(
             base, xs, weights, scales, out, at, n, given, stride, bands, 0, key, tensor_low, offset, draws,
             divisor_value, lambda_, METHOD, FOURS, ELECTION, ZERO_SIGN, DIVISOR, SUBTRACT, ADD, COMPUTE, SCALED,
-            BLOCK, True, ALIGN,
+            BLOCK, True,
         )  # fmt: skip
     if whole < end:
         # In small pieces, since the registers that this takes are taken from all programs.
         turns = sparsify.turns_of(
-            base, xs, given, stride, block, last, whole, end, len(weights), METHOD, SUBTRACT, COMPUTE, ALIGN
+            base, xs, given, stride, block, last, whole, end, len(weights), METHOD, SUBTRACT, COMPUTE
         )
         for at in range(whole, end, PIECE):
             merge_tile(
                 base, xs, weights, scales, out, at, n, given, stride, turns, (at - whole).to(tl.int32), key,
                 tensor_low, offset, draws, divisor_value, lambda_, METHOD, FOURS, ELECTION, ZERO_SIGN, DIVISOR,
-                SUBTRACT, ADD, COMPUTE, SCALED, PIECE, False, ALIGN,
+                SUBTRACT, ADD, COMPUTE, SCALED, PIECE, False,
             )  # fmt: skip
 
 
@@ -217,17 +215,26 @@ def merge(
     stride = stride.to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * SPAN
     block = start // select.TIE_BLOCK
+    xs = sparsify.all_aligned((x0, x1, x2, x3, x4, x5, x6, x7), len(weights), ALIGN)
+    if SUBTRACT or ADD:
+        base = sparsify.aligned(base, ALIGN)
     merge_span(
-        base, (x0, x1, x2, x3, x4, x5, x6, x7), weights, scales, out, start, n, given, stride, block,
+        base, xs, weights, scales, sparsify.aligned(out, ALIGN), start, n, given, stride, block,
         block + 1 >= stride, key.to(tl.int64), tensor_low.to(tl.int64), offset.to(tl.int64),
         (d0.to(tl.int64), d1.to(tl.int64), d2.to(tl.int64), d3.to(tl.int64),
          d4.to(tl.int64), d5.to(tl.int64), d6.to(tl.int64), d7.to(tl.int64)),
         divisor_value, lambda_, METHOD, FOURS, ELECTION, ZERO_SIGN, DIVISOR, SUBTRACT, ADD, COMPUTE, SCALED,
-        SPAN, BLOCK, PIECE, ALIGN,
+        SPAN, BLOCK, PIECE,
     )  # fmt: skip
 
 
 # -- any number of models: sums of both signs --------------------------------------------------------------------------
+
+
+@triton.jit
+def minus_zeros(BLOCK: tl.constexpr):
+    """-0 as float32; written as a number Triton takes it for +0."""
+    return tl.full((BLOCK,), 0x80000000, tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -242,7 +249,7 @@ def added(
     term = numbers.round_to(delta * weight, COMPUTE)
     if ELECTION == ELECT_NONE:
         # The sum begins with -0, to which adding is exact for every value.
-        votes = votes + tl.where(live, term, -0.0)
+        votes = votes + tl.where(live, term, minus_zeros(delta.shape[0]))
     else:
         voter = term if ELECTION == WEIGHTED else delta
         positive = live & (voter > 0.0)
@@ -268,11 +275,10 @@ def listed_tile(
     BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """One tile of the merge of listed models; not WHOLE: the only one for which cuts of bands are looked for."""
-    place = tl.arange(0, BLOCK)
     reference = tl.zeros((BLOCK,), tl.float32)
     if SUBTRACT or ADD:
-        reference = numbers.widen(sparsify.raw(base, start, n, BLOCK, WHOLE, ALIGN))
-    votes = tl.full((BLOCK,), -0.0, tl.float32)
+        reference = numbers.widen(sparsify.raw(base, start, n, BLOCK, WHOLE))
+    votes = minus_zeros(BLOCK)
     above = tl.zeros((BLOCK,), tl.float32)
     above_share = tl.zeros((BLOCK,), tl.float32)
     below = tl.zeros((BLOCK,), tl.float32)
@@ -282,35 +288,33 @@ def listed_tile(
     for first in range(0, models, TOGETHER):
         loaded = ()
         for j in tl.static_range(TOGETHER):
-            live = first + j < models
-            address = tl.load(listed + 4 * (first + j), mask=live, other=0)
-            x = tl.multiple_of(tables.address_of(address, DTYPE, False) + start, ALIGN)
-            # A mask that is the same for all elements does not narrow the load.
-            there = live if WHOLE else live & (place < n - start)
-            loaded = loaded + (tl.load(x + place, mask=there, other=0.0),)
+            # Beyond the last model it is the last one again, whose values are at hand.
+            address = tl.load(listed + 4 * tl.minimum(first + j, models - 1))
+            x = sparsify.aligned(tables.address_of(address, DTYPE, False), ALIGN)
+            loaded = loaded + (sparsify.raw(x, start, n, BLOCK, WHOLE),)
         least = 0
         span = 0
         if METHOD == sparsify.BAND and WHOLE:
-            least, span, split = sparsify.intervals(given[0], given[1], stride, block, last, first, models)
+            least, span, _ = sparsify.intervals(given[0], given[1], stride, block, last, first, models)
         for j in tl.static_range(TOGETHER):
-            model = first + j
-            live = model < models
-            weight = tables.float_of(tl.load(listed + 4 * model + 1, mask=live, other=0))
-            scale = tables.float_of(tl.load(listed + 4 * model + 2, mask=live, other=0))
-            draw = tl.load(listed + 4 * model + 3, mask=live, other=0)
+            live = first + j < models
+            model = tl.minimum(first + j, models - 1)
+            weight = tables.float_of(tl.load(listed + 4 * model + 1))
+            scale = tables.float_of(tl.load(listed + 4 * model + 2))
+            draw = tl.load(listed + 4 * model + 3)
             if METHOD != sparsify.BAND:
                 band = (0, 0)
             elif WHOLE:
                 band = (sparsify.of_lane(least, j), sparsify.of_lane(span, j))
             else:
                 address = tl.load(listed + 4 * model)
+                x = sparsify.aligned(tables.address_of(address, DTYPE, False), ALIGN)
                 band = sparsify.turns(
-                    base, tables.address_of(address, DTYPE, False), given[0], given[1], stride, block, last, model,
-                    start, end, SUBTRACT, COMPUTE, ALIGN,
+                    base, x, given[0], given[1], stride, block, last, model,
+                    start, end, SUBTRACT, COMPUTE,
                 )  # fmt: skip
-            row = tl.minimum(model, models - 1)
             delta = sparsified(
-                loaded[j], reference, scale, start, n, given, stride, row, band, 0, key, tensor_low,
+                loaded[j], reference, scale, start, n, given, stride, model, band, 0, key, tensor_low,
                 offset, draw, METHOD, FOURS, SUBTRACT, COMPUTE, SCALED, BLOCK, WHOLE,
             )  # fmt: skip
             votes, above, above_share, below, below_share = added(
@@ -324,7 +328,7 @@ def listed_tile(
         share = tl.where(sign > 0.0, above_share, tl.where(sign < 0.0, below_share, 0.0))
     finished(
         total, share, reference, divisor_value, lambda_, out, start, n,
-        DIVISOR, ADD, COMPUTE, SCALED, BLOCK, WHOLE, ALIGN,
+        DIVISOR, ADD, COMPUTE, SCALED, BLOCK, WHOLE,
     )  # fmt: skip
 
 
@@ -350,6 +354,9 @@ def merge_listed(
     key = key.to(tl.int64)
     tensor_low = tensor_low.to(tl.int64)
     offset = offset.to(tl.int64)
+    out = sparsify.aligned(out, ALIGN)
+    if SUBTRACT or ADD:
+        base = sparsify.aligned(base, ALIGN)
     start = tl.program_id(0).to(tl.int64) * SPAN
     end = tl.minimum(start + SPAN, n)
     block = start // select.TIE_BLOCK
@@ -357,9 +364,9 @@ def merge_listed(
     whole = start + (end - start) // BLOCK * BLOCK
     if METHOD == sparsify.BAND:
         for first in range(0, models, sparsify.LANES):
-            least, span, split = sparsify.intervals(given[0], given[1], stride, block, last, first, models)
+            _, _, split = sparsify.intervals(given[0], given[1], stride, block, last, first, models)
             whole = tl.where(split, start, whole)
-    for at in range(start, whole, BLOCK):
+    for at in tl.range(start, whole, BLOCK, num_stages=1):
         listed_tile(
             base, listed, models, out, at, n, end, given, stride, block, last, key, tensor_low, offset,
             divisor_value, lambda_, METHOD, FOURS, ELECTION, ZERO_SIGN, DIVISOR, SUBTRACT, ADD, COMPUTE, SCALED,
@@ -404,11 +411,11 @@ def merge_tensors(
     first_block = tl.load(row + 4)
     block = start // select.TIE_BLOCK
     last = (block + 1) * select.TIE_BLOCK >= n
-    base = tables.address_of(tl.load(row + 5), BASE_DTYPE, False)
-    out = tables.address_of(tl.load(row + 6), OUT_DTYPE, False)
+    base = sparsify.aligned(tables.address_of(tl.load(row + 5), BASE_DTYPE, False), ALIGN)
+    out = sparsify.aligned(tables.address_of(tl.load(row + 6), OUT_DTYPE, False), ALIGN)
     xs = ()
     for i in tl.static_range(len(weights)):
-        xs = xs + (tables.address_of(tl.load(row + 7 + i), DTYPE, False),)
+        xs = xs + (sparsify.aligned(tables.address_of(tl.load(row + 7 + i), DTYPE, False), ALIGN),)
     own = given
     if METHOD == sparsify.BAND:
         own = (given[0] + tensor * (4 * len(weights)), given[1])
@@ -418,5 +425,5 @@ def merge_tensors(
         (d0.to(tl.int64), d1.to(tl.int64), d2.to(tl.int64), d3.to(tl.int64),
          d4.to(tl.int64), d5.to(tl.int64), d6.to(tl.int64), d7.to(tl.int64)),
         divisor_value, lambda_, METHOD, True, ELECTION, ZERO_SIGN, DIVISOR, SUBTRACT, ADD, COMPUTE, SCALED,
-        SPAN, BLOCK, PIECE, ALIGN,
+        SPAN, BLOCK, PIECE,
     )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Exact sums of magnitudes, as `fastmerge/reference/sparsify.py` has them: integers in units of 2**-149, limbs of 32 bits.
+"""Exact sums of magnitudes, as `reference/sparsify.py` has them: integers in units of 2**-149, limbs of 32 bits.
 
 A finite magnitude is mantissa * 2**place in those units, with a mantissa of 24 bits. A program adds the magnitudes of
 its elements as 64-bit integers in a unit of its own, which is chosen by the greatest of its first tile: numbers within
 WINDOW binades fit. Of other numbers there are hardly ever any; a program that meets one adds all of its numbers limb by
-limb. What it has found it adds to one of COPIES copies of the limbs: each element adds less than 2**32 to a limb, so that
+limb. What it has found it adds to one of COPIES copies of the limbs: an element adds less than 2**32 to a limb, so that
 2**31 elements a copy may follow before one overflows. At the end one program adds the copies and carries.
 """
 
@@ -73,10 +73,10 @@ def by_limb(mantissa, kept, place):
 def kept_tile(
     base, x, start, n, given, stride, model, band, by, key, tensor_low, offset, draw,
     METHOD: tl.constexpr, FOURS: tl.constexpr, SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Mantissas and places of a tile of a model's delta, and the mantissas of what is kept."""
-    delta = sparsify.delta_of(base, x, start, n, SUBTRACT, COMPUTE, BLOCK, WHOLE, ALIGN)
+    delta = sparsify.delta_of(base, x, start, n, SUBTRACT, COMPUTE, BLOCK, WHOLE)
     mantissa, place = parts(delta)
     kept = mantissa
     if METHOD != sparsify.NONE:
@@ -104,7 +104,9 @@ def add_l1(
     key = key.to(tl.int64)
     tensor_low = tensor_low.to(tl.int64)
     offset = offset.to(tl.int64)
-    start, number, x, draw, model = sparsify.mine(listed, models, SPAN, DTYPE)
+    start, _, x, draw, model = sparsify.mine(listed, models, SPAN, DTYPE, ALIGN)
+    if SUBTRACT:
+        base = sparsify.aligned(base, ALIGN)
     end = tl.minimum(start + SPAN, n)
     band, split = sparsify.band_of(given, stride, start, model, METHOD)
     plain = (start + SPAN <= n) & (split == 0)
@@ -119,7 +121,7 @@ def add_l1(
         for at in range(start, end, BLOCK):
             mantissa, place, kept = kept_tile(
                 base, x, at, n, given, stride, model, band, 0, key, tensor_low, offset, draw,
-                METHOD, FOURS, SUBTRACT, COMPUTE, BLOCK, True, ALIGN,
+                METHOD, FOURS, SUBTRACT, COMPUTE, BLOCK, True,
             )  # fmt: skip
             if unit < 0:
                 unit = tl.maximum(tl.max(place, axis=0) - (WINDOW - ABOVE), 0)
@@ -138,11 +140,11 @@ def add_l1(
             if METHOD != sparsify.NONE:
                 kept_words = in_limbs(kept_slots, unit)
     if plain == 0:
-        turning = sparsify.turns_in(base, x, given, stride, model, start, end, METHOD, SUBTRACT, COMPUTE, ALIGN)
+        turning = sparsify.turns_in(base, x, given, stride, model, start, end, METHOD, SUBTRACT, COMPUTE)
         for at in range(start, end, PIECE):
             mantissa, place, kept = kept_tile(
                 base, x, at, n, given, stride, model, turning, (at - start).to(tl.int32), key, tensor_low, offset,
-                draw, METHOD, FOURS, SUBTRACT, COMPUTE, PIECE, False, ALIGN,
+                draw, METHOD, FOURS, SUBTRACT, COMPUTE, PIECE, False,
             )  # fmt: skip
             more, more_kept = by_limb(mantissa, kept, place)
             words += more

@@ -21,24 +21,43 @@ UNROLLED = tl.constexpr(4)
 """Elements that are counted at once where a cut goes through a block, and how often that is done between waits."""
 
 SOUGHT = tl.constexpr(512)
-"""Elements among which a cut is sought at once: few, since the registers that this takes are taken from all programs."""
+"""Elements among which a cut is sought at once: few, since the registers for it are taken from all programs."""
 
 LANES = tl.constexpr(32)
 NEVER = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def raw(pointer, start, n, BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
-    """BLOCK values as they are stored; 0 from `n` on. WHOLE: there are that many, and no mask is needed.
+def aligned(pointer, ALIGN: tl.constexpr):
+    """A pointer that is known to be a multiple of ALIGN bytes (1: nothing is known), which makes loads wide.
 
-    ALIGN: the address at a multiple of BLOCK elements is known to be a multiple of so many bytes (1: nothing is known).
+    Triton finds that out of arguments itself, but then each combination of alignments is a kernel to be compiled. And
+    it heeds what it is told only where it is told of a pointer that an operation has made.
     """
-    place = tl.arange(0, BLOCK)
-    first = tl.multiple_of(pointer + start, ALIGN)
-    if WHOLE:
-        return tl.load(first + place)
+    if ALIGN == 1:
+        return pointer
     else:
-        return tl.load(first + place, mask=place < n - start, other=0.0)
+        made = pointer.to(tl.int64, bitcast=True).to(pointer.dtype, bitcast=True)
+        return tl.multiple_of(made, ALIGN)
+
+
+@triton.jit
+def all_aligned(pointers, COUNT: tl.constexpr, ALIGN: tl.constexpr):
+    """The first COUNT pointers, `aligned`."""
+    made = ()
+    for i in tl.static_range(COUNT):
+        made = made + (aligned(pointers[i], ALIGN),)
+    return made
+
+
+@triton.jit
+def raw(pointer, start, n, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """BLOCK values as they are stored; 0 from `n` on. WHOLE: there are that many, and no mask is needed."""
+    place = tl.arange(0, BLOCK)
+    if WHOLE:
+        return tl.load(pointer + start + place)
+    else:
+        return tl.load(pointer + start + place, mask=place < n - start, other=0.0)
 
 
 # -- bands -------------------------------------------------------------------------------------------------------------
@@ -48,7 +67,7 @@ def raw(pointer, start, n, BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.c
 def cut(bound, ties_before, last):
     """Bounds as they are within one tie block: keys below the limit are past it; and whether the cut is in the block.
 
-    bound, ties_before: pointers to the bounds and to what lies before the block. limit: uint32. last: whether nothing is
+    bound, ties_before: pointers to the bounds and to what lies before the block. limit: uint32. last: nothing is
     known of the next block, so that the cut may lie in this one.
     """
     limit = tl.load(bound).to(tl.uint32)
@@ -81,7 +100,7 @@ def interval(high, low):
 
 @triton.jit
 def inside(delta, least, span):
-    """Which magnitudes lie in an interval of bit patterns: low <= bits < high, least = 2 low, span = 2 (high - low) - 1.
+    """Which magnitudes are in an interval of bit patterns: low <= bits < high, least 2 low, span 2 (high - low) - 1.
 
     Doubling shifts the sign out. least, span: the bits of uint32 as int32.
     """
@@ -114,7 +133,7 @@ def of_lane(values, i):
 
 
 @triton.jit
-def ties_between(base, x, limit, begin, end, SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr, ALIGN: tl.constexpr):
+def ties_between(base, x, limit, begin, end, SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr):
     """How many keys from `begin` to `end`, multiples of 16 elements, equal a threshold."""
     place = tl.arange(0, COUNTED)
     # By sixteens, so that the mask does not narrow the loads.
@@ -122,10 +141,10 @@ def ties_between(base, x, limit, begin, end, SUBTRACT: tl.constexpr, COMPUTE: tl
     count = tl.zeros((COUNTED,), tl.int32)
     for at in tl.range(begin, end, COUNTED, loop_unroll_factor=UNROLLED):
         there = group < end - at
-        value = numbers.widen(tl.load(tl.multiple_of(x + at, ALIGN) + place, mask=there, other=0.0))
+        value = numbers.widen(tl.load(x + at + place, mask=there, other=0.0))
         subtracted = value
         if SUBTRACT:
-            subtracted = numbers.widen(tl.load(tl.multiple_of(base + at, ALIGN) + place, mask=there, other=0.0))
+            subtracted = numbers.widen(tl.load(base + at + place, mask=there, other=0.0))
         key = numbers.magnitude_key(numbers.difference(subtracted, value, SUBTRACT, COMPUTE))
         count += (there & (key == limit)).to(tl.int32)
     return tl.sum(count, axis=0)
@@ -134,7 +153,7 @@ def ties_between(base, x, limit, begin, end, SUBTRACT: tl.constexpr, COMPUTE: tl
 @triton.jit
 def turn(
     base, x, bounds, ties_before, stride, block, last, row, start, end,
-    SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr, ALIGN: tl.constexpr,
+    SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """A bound's threshold, and from which element on those that equal it are past it: int32 both.
 
@@ -150,17 +169,17 @@ def turn(
         element = tl.zeros((), tl.int32)
     if (ties > 0) & (left > 0) & (last | (after > ties)):
         begin = start // select.TIE_BLOCK * select.TIE_BLOCK
-        left -= ties_between(base, x, limit, begin, start, SUBTRACT, COMPUTE, ALIGN)
+        left -= ties_between(base, x, limit, begin, start, SUBTRACT, COMPUTE)
         if left <= 0:
             element = tl.zeros((), tl.int32)
         place = tl.arange(0, SOUGHT)
         for at in range(start, end, SOUGHT):
             if left > 0:
                 there = place < end - at
-                value = numbers.widen(tl.load(tl.multiple_of(x + at, ALIGN) + place, mask=there, other=0.0))
+                value = numbers.widen(tl.load(x + at + place, mask=there, other=0.0))
                 subtracted = value
                 if SUBTRACT:
-                    subtracted = numbers.widen(tl.load(tl.multiple_of(base + at, ALIGN) + place, mask=there, other=0.0))
+                    subtracted = numbers.widen(tl.load(base + at + place, mask=there, other=0.0))
                 key = numbers.magnitude_key(numbers.difference(subtracted, value, SUBTRACT, COMPUTE))
                 tied = (there & (key == limit)).to(tl.int32)
                 count = tl.sum(tied, axis=0)
@@ -174,21 +193,21 @@ def turn(
 @triton.jit
 def turns(
     base, x, bounds, ties_before, stride, block, last, model, start, end,
-    SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr, ALIGN: tl.constexpr,
+    SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """`turn` of a model's two bounds."""
     first, first_element = turn(
-        base, x, bounds, ties_before, stride, block, last, 2 * model, start, end, SUBTRACT, COMPUTE, ALIGN
+        base, x, bounds, ties_before, stride, block, last, 2 * model, start, end, SUBTRACT, COMPUTE
     )
     second, second_element = turn(
-        base, x, bounds, ties_before, stride, block, last, 2 * model + 1, start, end, SUBTRACT, COMPUTE, ALIGN
+        base, x, bounds, ties_before, stride, block, last, 2 * model + 1, start, end, SUBTRACT, COMPUTE
     )
     return (first, first_element, second, second_element)
 
 
 @triton.jit
 def between(delta, turns, by, BLOCK: tl.constexpr):
-    """Which elements of a tile lie in a model's band, wherever its cuts lie; the tile is `by` elements after `turns`."""
+    """Which elements of a tile lie in a model's band, wherever its cuts lie; the tile is `by` elements past `turns`."""
     key = numbers.magnitude_key(delta)
     place = tl.arange(0, BLOCK) + by
     first = key < turns[0] + (place >= turns[1]).to(tl.int32)
@@ -265,7 +284,7 @@ def bands_of(given, stride, block, last, MODELS: tl.constexpr, METHOD: tl.conste
         for i in tl.static_range(MODELS):
             bands = bands + ((of_lane(least, i), of_lane(span, i)),)
     else:
-        for i in tl.static_range(MODELS):
+        for _ in tl.static_range(MODELS):
             bands = bands + (0,)
     return bands, split
 
@@ -273,14 +292,14 @@ def bands_of(given, stride, block, last, MODELS: tl.constexpr, METHOD: tl.conste
 @triton.jit
 def turns_of(
     base, xs, given, stride, block, last, start, end,
-    MODELS: tl.constexpr, METHOD: tl.constexpr, SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr, ALIGN: tl.constexpr,
+    MODELS: tl.constexpr, METHOD: tl.constexpr, SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """`turns` of each model, from `start` on."""
     found = ()
     for i in tl.static_range(MODELS):
         if METHOD == BAND:
             found = found + (
-                turns(base, xs[i], given[0], given[1], stride, block, last, i, start, end, SUBTRACT, COMPUTE, ALIGN),
+                turns(base, xs[i], given[0], given[1], stride, block, last, i, start, end, SUBTRACT, COMPUTE),
             )
         else:
             found = found + (0,)
@@ -295,12 +314,12 @@ def turns_of(
 
 
 @triton.jit
-def mine(listed, models, SPAN: tl.constexpr, DTYPE: tl.constexpr):
+def mine(listed, models, SPAN: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
     """(where the program begins, its place among the models, their tensor, what `drawn` takes, row of the rule)."""
     program = tl.program_id(0).to(tl.int64)
     place = program % models
     start = program // models * SPAN
-    x = tables.address_of(tl.load(listed + 3 * place), DTYPE, False)
+    x = aligned(tables.address_of(tl.load(listed + 3 * place), DTYPE, False), ALIGN)
     return start, place, x, tl.load(listed + 3 * place + 1), tl.load(listed + 3 * place + 2)
 
 
@@ -324,14 +343,14 @@ def band_of(given, stride, start, model, METHOD: tl.constexpr):
 @triton.jit
 def turns_in(
     base, x, given, stride, model, start, end,
-    METHOD: tl.constexpr, SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr, ALIGN: tl.constexpr,
+    METHOD: tl.constexpr, SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """`turns` of one model from `start` on."""
     if METHOD == BAND:
         block = start // select.TIE_BLOCK
         return turns(
             base, x, given[0], given[1], stride, block, block + 1 >= stride, model, start, end,
-            SUBTRACT, COMPUTE, ALIGN,
+            SUBTRACT, COMPUTE,
         )  # fmt: skip
     else:
         zero = tl.zeros((), tl.int32)
@@ -341,12 +360,12 @@ def turns_in(
 @triton.jit
 def delta_of(
     base, x, start, n,
-    SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+    SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """A tile of one model's delta; +0 from `n` on."""
-    loaded = raw(x, start, n, BLOCK, WHOLE, ALIGN)
+    loaded = raw(x, start, n, BLOCK, WHOLE)
     if SUBTRACT:
-        reference = numbers.widen(raw(base, start, n, BLOCK, WHOLE, ALIGN))
+        reference = numbers.widen(raw(base, start, n, BLOCK, WHOLE))
         return numbers.difference(reference, numbers.widen(loaded), True, COMPUTE)
     else:
         value = numbers.widen(loaded)
@@ -360,13 +379,13 @@ def delta_of(
 def bits_tile(
     base, x, out, start, n, given, stride, model, band, by, key, tensor_low, offset, draw,
     METHOD: tl.constexpr, FOURS: tl.constexpr, SUBTRACT: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One tile of a model's mask; start: a multiple of 8."""
     delta = tl.zeros((BLOCK,), tl.float32)
     if METHOD == BAND:
         # The other rules do not look at the values.
-        delta = delta_of(base, x, start, n, SUBTRACT, COMPUTE, BLOCK, WHOLE, ALIGN)
+        delta = delta_of(base, x, start, n, SUBTRACT, COMPUTE, BLOCK, WHOLE)
     if METHOD == NONE:
         keep = delta == 0.0
     else:
@@ -398,7 +417,9 @@ def keep_bits(
     key = key.to(tl.int64)
     tensor_low = tensor_low.to(tl.int64)
     offset = offset.to(tl.int64)
-    start, place, x, draw, model = mine(listed, models, SPAN, DTYPE)
+    start, _, x, draw, model = mine(listed, models, SPAN, DTYPE, ALIGN)
+    if SUBTRACT:
+        base = aligned(base, ALIGN)
     row = out + model * ((n + 7) // 8)
     end = tl.minimum(start + SPAN, n)
     band, split = band_of(given, stride, start, model, METHOD)
@@ -406,14 +427,14 @@ def keep_bits(
     for at in range(start, whole, BLOCK):
         bits_tile(
             base, x, row, at, n, given, stride, model, band, 0, key, tensor_low, offset, draw,
-            METHOD, FOURS, SUBTRACT, COMPUTE, BLOCK, True, ALIGN,
+            METHOD, FOURS, SUBTRACT, COMPUTE, BLOCK, True,
         )  # fmt: skip
     if whole < end:
-        turning = turns_in(base, x, given, stride, model, whole, end, METHOD, SUBTRACT, COMPUTE, ALIGN)
+        turning = turns_in(base, x, given, stride, model, whole, end, METHOD, SUBTRACT, COMPUTE)
         for at in range(whole, end, PIECE):
             bits_tile(
                 base, x, row, at, n, given, stride, model, turning, (at - whole).to(tl.int32), key, tensor_low,
-                offset, draw, METHOD, FOURS, SUBTRACT, COMPUTE, PIECE, False, ALIGN,
+                offset, draw, METHOD, FOURS, SUBTRACT, COMPUTE, PIECE, False,
             )  # fmt: skip
 
 
@@ -421,16 +442,16 @@ def keep_bits(
 
 
 @triton.jit
-def greatest(x, start, n, end, BLOCK: tl.constexpr, PIECE: tl.constexpr, ALIGN: tl.constexpr):
+def greatest(x, start, n, end, BLOCK: tl.constexpr, PIECE: tl.constexpr):
     """The greatest bits without sign from `start` to `end`: from 0x7F800000 on something is not finite."""
     most = tl.zeros((BLOCK,), tl.int32)
     rest = tl.zeros((PIECE,), tl.int32)
     whole = start + (end - start) // BLOCK * BLOCK
     for at in range(start, whole, BLOCK):
-        value = numbers.widen(raw(x, at, n, BLOCK, True, ALIGN))
+        value = numbers.widen(raw(x, at, n, BLOCK, True))
         most = tl.maximum(most, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     for at in range(whole, end, PIECE):
-        value = numbers.widen(raw(x, at, n, PIECE, False, ALIGN))
+        value = numbers.widen(raw(x, at, n, PIECE, False))
         rest = tl.maximum(rest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     return tl.maximum(tl.max(most, axis=0), tl.max(rest, axis=0))
 
@@ -441,14 +462,15 @@ def count_nonfinite(
 ):
     """Add how many NaNs and how many infinities there are to counts: int64[2]."""
     n = n.to(tl.int64)
+    x = aligned(x, ALIGN)
     start = tl.program_id(0).to(tl.int64) * SPAN
     end = tl.minimum(start + SPAN, n)
     # Nearly always there is none, and nothing is counted.
-    if greatest(x, start, n, end, BLOCK, PIECE, ALIGN) >= numbers.INF_KEY:
+    if greatest(x, start, n, end, BLOCK, PIECE) >= numbers.INF_KEY:
         nans = tl.zeros((PIECE,), tl.int32)
         infinities = tl.zeros((PIECE,), tl.int32)
         for at in range(start, end, PIECE):
-            value = numbers.widen(raw(x, at, n, PIECE, False, ALIGN))
+            value = numbers.widen(raw(x, at, n, PIECE, False))
             bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
             nans += (bits > numbers.INF_KEY).to(tl.int32)
             infinities += (bits == numbers.INF_KEY).to(tl.int32)
@@ -457,17 +479,16 @@ def count_nonfinite(
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["x"])
-def zero_nonfinite(
-    x, n: "i64", SPAN: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, ALIGN: tl.constexpr
-):
+def zero_nonfinite(x, n: "i64", SPAN: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, ALIGN: tl.constexpr):
     """Store +0 where x is NaN or infinite, and nothing elsewhere."""
     n = n.to(tl.int64)
+    x = aligned(x, ALIGN)
     start = tl.program_id(0).to(tl.int64) * SPAN
     end = tl.minimum(start + SPAN, n)
-    if greatest(x, start, n, end, BLOCK, PIECE, ALIGN) >= numbers.INF_KEY:
+    if greatest(x, start, n, end, BLOCK, PIECE) >= numbers.INF_KEY:
         place = tl.arange(0, PIECE)
         for at in range(start, end, PIECE):
-            value = numbers.widen(raw(x, at, n, PIECE, False, ALIGN))
+            value = numbers.widen(raw(x, at, n, PIECE, False))
             wrong = (value.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= numbers.INF_KEY
             zero = tl.zeros((PIECE,), x.dtype.element_ty)
             tl.store(x + at + place, zero, mask=wrong & (place < n - at))
@@ -491,7 +512,7 @@ def sort_rows(
 ):  # fmt: skip
     """Keys of each chunk of the rows from element `begin` on, sorted: int32[models, rows, chunks, CHUNK].
 
-    A program takes one chunk of ROWS rows. Behind a row's end follow keys above all others. SORT: otherwise the keys are
+    A program takes one chunk of ROWS rows. Behind a row's end follow keys above all others. SORT: else the keys are
     left as they are, and chunks follow each other without a gap.
     """
     models = models.to(tl.int64)

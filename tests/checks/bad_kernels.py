@@ -29,6 +29,8 @@ def _tile(x, y, out, start, n, WHICH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: 
     elif WHICH == "fine_integers":
         place = start + tl.arange(0, BLOCK)
         r = tl.where(place // n == place % (n + 1), a, b)
+    elif WHICH == "fine_conversions":
+        r = (a.to(tl.float64) * 4294967296.0).to(tl.int64).to(tl.float32) + (b * 65536.0).to(tl.int64).to(tl.float32)
     elif WHICH == "approximate_division":
         r = a / b
     elif WHICH == "approximate_root":
@@ -105,6 +107,7 @@ def launches() -> dict[str, Launch]:
             "fine_functions",
             "fine_double",
             "fine_integers",
+            "fine_conversions",
             "approximate_division",
             "approximate_root",
             "library_exp",

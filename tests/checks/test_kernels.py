@@ -42,7 +42,7 @@ def found() -> dict[str, dict[str, list[str]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fine", "fine_functions", "fine_double", "fine_integers"])
+@pytest.mark.parametrize("name", ["fine", "fine_functions", "fine_double", "fine_integers", "fine_conversions"])
 def test_kernels_that_keep_the_rules_are_left_alone(name):
     assert found()[name] == {target: [] for target in TARGETS}
 

@@ -1,4 +1,4 @@
-"""PCB-Merging in Triton where it differs from the other backends: tables of rows, several programs, ranks on the way."""
+"""PCB-Merging in Triton where it differs from other backends: tables of rows, several programs, ranks on the way."""
 
 from __future__ import annotations
 

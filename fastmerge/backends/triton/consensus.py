@@ -221,7 +221,11 @@ def consensus_apply_many(
     for t, target in enumerate(out):
         words = Words.of(replace(rule, tensor_id=tensor_ids[t]))
         listed += [program, target.numel(), words.key, words.tensor_low, first_block]
-        listed += [0 if bases is None else bases[t].data_ptr(), target.data_ptr(), *(one[t].data_ptr() for one in models)]
+        listed += [
+            0 if bases is None else bases[t].data_ptr(),
+            target.data_ptr(),
+            *(one[t].data_ptr() for one in models),
+        ]
         program += programs[t]
         first_block += blocks[t]
     if program == 0:
