@@ -31,12 +31,16 @@ def _equal_bits(*functions: str) -> tuple[str, ...]:
 
 
 def _pcb(*tests: str) -> tuple[str, ...]:
-    """The tests of the family `pcb`, of all backends."""
-    return tuple(f"tests/ops/test_pcb.py::test_{test}" for test in tests)
+    """Tests of the family `pcb`, of all backends and of Triton alone."""
+    return (*(f"tests/ops/test_pcb.py::test_{test}" for test in tests), "tests/triton/test_pcb.py")
 
 
 SHARED = ("tests/triton/test_shared.py",)
-CONSENSUS = ("tests/triton/test_signed_zeros.py", *_equal_bits("consensus_apply"))
+CONSENSUS = (
+    "tests/triton/test_signed_zeros.py",
+    "tests/triton/test_consensus.py",
+    *_equal_bits("consensus_apply"),
+)
 
 MUTATIONS = [
     *_in(
@@ -783,7 +787,11 @@ MUTATIONS = [
     ),
     *_in(
         "triton_kernels/sparsify.py",
-        _equal_bits("consensus_apply", "l1_sums", "kept_masks"),
+        (
+            "tests/triton/test_consensus.py",
+            "tests/triton/test_sparsify.py",
+            *_equal_bits("consensus_apply", "kept_masks"),
+        ),
         ("all ties of earlier blocks are past", "passed = tied & (before >= ties)", "passed = tied & (before > ties)"),
         (
             "a cut goes through a block before the last tie",

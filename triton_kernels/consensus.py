@@ -173,7 +173,7 @@ def merge_span(
     end = tl.minimum(start + SPAN, n)
     bands, split = sparsify.bands_of(given, stride, block, last, len(weights), METHOD)
     whole = tl.where(split, start, start + (end - start) // BLOCK * BLOCK)
-    for at in tl.range(start, whole, BLOCK, num_stages=1):
+    for at in range(start, whole, BLOCK):
         merge_tile(
             base, xs, weights, scales, out, at, n, given, stride, bands, 0, key, tensor_low, offset, draws,
             divisor_value, lambda_, METHOD, FOURS, ELECTION, ZERO_SIGN, DIVISOR, SUBTRACT, ADD, COMPUTE, SCALED,
@@ -366,7 +366,7 @@ def merge_listed(
         for first in range(0, models, sparsify.LANES):
             _, _, split = sparsify.intervals(given[0], given[1], stride, block, last, first, models)
             whole = tl.where(split, start, whole)
-    for at in tl.range(start, whole, BLOCK, num_stages=1):
+    for at in range(start, whole, BLOCK):
         listed_tile(
             base, listed, models, out, at, n, end, given, stride, block, last, key, tensor_low, offset,
             divisor_value, lambda_, METHOD, FOURS, ELECTION, ZERO_SIGN, DIVISOR, SUBTRACT, ADD, COMPUTE, SCALED,

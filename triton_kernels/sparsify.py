@@ -17,7 +17,7 @@ BERNOULLI = tl.constexpr(2)
 MASK = tl.constexpr(4)
 
 COUNTED = tl.constexpr(1024)
-UNROLLED = tl.constexpr(4)
+UNROLLED = tl.constexpr(1)
 """Elements that are counted at once where a cut goes through a block, and how often that is done between waits."""
 
 SOUGHT = tl.constexpr(512)
