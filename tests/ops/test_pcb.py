@@ -211,6 +211,8 @@ def test_pcb_apply(backend: str, data: st.DataObject) -> None:
 @each_variant
 @pytest.mark.parametrize("n", [8, 16, 90])
 def test_many_rows(variant: str, n: int, backend: str) -> None:
+    if backend == "triton":
+        n = min(n, 24)  # pairs of rows take the interpreter minutes; beyond eight, a loop has them all
     generator = torch.Generator().manual_seed(n)
     rows = [torch.randn(777, generator=generator).to(strategies.DTYPES[i % 3]) for i in range(n)]
     rule = ops.pcb_rule(rows, variant=variant, backend="reference")
