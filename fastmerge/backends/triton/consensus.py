@@ -11,7 +11,7 @@ from torch import Tensor
 from ..._triton import consensus as kernels
 from ..rule import TIE_BLOCK, SparsifyRule
 from .launch import CODES, block, copied, flat, float_bits, launch, table, tiles
-from .sparsify import BY_VALUE, PIECE, TYPES, Given, Words, alignment, decided, padded, usable
+from .sparsify import BY_VALUE, METHODS, PIECE, TYPES, Given, Words, alignment, decided, padded, usable
 
 __all__ = ["consensus_apply", "consensus_apply_many"]
 
@@ -133,6 +133,7 @@ def consensus_apply(
             *padded(given.draws, 0),
             formula.divisor_value,
             formula.lambda_,
+            registers=64 if models == 1 and given.method == METHODS["band"] else None,
             **constants,
         )
         return
@@ -247,6 +248,7 @@ def consensus_apply_many(
         *padded(given.draws, 0),
         formula.divisor_value,
         formula.lambda_,
+        registers=64 if given.method == METHODS["band"] else None,
         METHOD=given.method,
         ALIGN=alignment(*everything),
         DTYPE=TYPES[models[0][0].dtype],

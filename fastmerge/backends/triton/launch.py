@@ -24,6 +24,9 @@ from . import interpreting
 INTERPRETED = not isinstance(numbers.widen, JITFunction)
 """Whether kernels are interpreted instead of compiled: TRITON_INTERPRET=1 was set when Triton was imported."""
 
+REGISTERS = "maxnreg"
+"""The option of launches on NVIDIA GPUs that limits registers; Triton has none for others."""
+
 BLOCK_VARIABLE = "FASTMERGE_TRITON_BLOCK"
 
 LONG_TABLE = 64
@@ -46,17 +49,26 @@ if INTERPRETED:
 
 
 def launch(
-    kernel: Any, grid: Sequence[int], device: torch.device, *arguments: Any, num_warps: int = 4, **constants: Any
+    kernel: Any,
+    grid: Sequence[int],
+    device: torch.device,
+    *arguments: Any,
+    num_warps: int = 4,
+    registers: int | None = None,
+    **constants: Any,
 ) -> None:
     """Enqueue a kernel.
 
     grid: programs in up to three dimensions; none of them is launched where one is 0. arguments: in the kernel's order,
-    tensors, numbers, or tuples of them. constants: its constexpr arguments by name.
+    tensors, numbers, or tuples of them. constants: its constexpr arguments by name. registers: as many may a thread
+    have on an NVIDIA GPU, where the assembler, left alone, would rather put some aside in memory to have more threads.
     """
     if 0 in grid:
         return
     launched[kernel.__name__] += 1
-    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": False}
+    if registers is not None and not torch.version.hip:
+        options[REGISTERS] = registers
     if _interceptor is not None:
         _interceptor(kernel, grid, arguments, {**constants, **options})
     elif INTERPRETED:

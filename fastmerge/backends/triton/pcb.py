@@ -142,7 +142,9 @@ def pcb_sums(base: Tensor | None, tensors: list[Tensor], rule: PcbRule) -> Tenso
     rows = _Rows(base, tensors, by_value=0)
     sums = rows.models + _pairs(rows.models)
     out = torch.zeros(sums, L1_LIMBS, dtype=torch.int64, device=rows.device)
-    rows.sweep(kernels.pcb_sums, rule.extremes, None, rows.models, _shift(rows.models), rows.numel, out, wider=2)
+    rows.sweep(
+        kernels.pcb_sums, rule.extremes, None, rows.models, _shift(rows.models), rows.numel, out, wider=2, registers=64
+    )
     launch(kernels.pcb_carry, (sums,), rows.device, out, num_warps=1)
     return out
 

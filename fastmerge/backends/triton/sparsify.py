@@ -158,7 +158,8 @@ def kept_masks(base: Tensor | None, tensors: list[Tensor], rule: SparsifyRule, c
     if rule.method != "della":
         # Only bands look at the values.
         base = base if rule.method == "band" else None
-        _each_model(kernels.keep_bits, base, tensors, Given.of(rule, len(tensors)), compute, out)
+        registers = 80 if rule.method == "band" else None
+        _each_model(kernels.keep_bits, base, tensors, Given.of(rule, len(tensors)), compute, out, registers=registers)
         return out
     ranked = []
     draws = {}
@@ -264,7 +265,8 @@ def l1_sums(base: Tensor | None, tensors: list[Tensor], rule: SparsifyRule, comp
     models, device = len(tensors), tensors[0].device
     copies = torch.zeros(models, 2, exact.COPIES.value, exact.ROW.value, dtype=torch.int64, device=device)
     given = Given.of(decided(base, tensors, rule, compute), models)
-    _each_model(exact.add_l1, base, tensors, given, compute, copies)
+    registers = None if given.words.fours else 128
+    _each_model(exact.add_l1, base, tensors, given, compute, copies, registers=registers)
     out = torch.empty(models, 2, L1_LIMBS, dtype=torch.int64, device=device)
     launch(exact.carry, (2 * models,), device, copies, out, num_warps=1)
     return out
@@ -278,6 +280,7 @@ def _each_model(
     compute: torch.dtype,
     out: Tensor,
     wanted: Sequence[int] | None = None,
+    registers: int | None = None,
 ) -> None:
     """Launch a kernel that takes one model in each program: once for each dtype of the models that are wanted."""
     numel = tensors[0].numel()
@@ -302,6 +305,7 @@ def _each_model(
             given.tensors,
             given.stride,
             *given.words.arguments,
+            registers=registers,
             METHOD=given.method,
             FOURS=given.words.fours,
             SUBTRACT=base is not None,
