@@ -1,13 +1,22 @@
-"""Builds fastmerge and its compiled CPU kernels.
+"""Builds fastmerge and its compiled kernels, for CPUs and for NVIDIA GPUs.
 
-The kernels are optional: without a C++ compiler, or with FASTMERGE_CPU=0, the package installs without them and runs on
-the reference backend. FASTMERGE_CPU=1 makes a failing build an error. Each family of kernels is compiled once per
-instruction set and the fastest one is chosen at run time, so a wheel runs on any machine of its architecture.
+All of them are optional. Without a C++ compiler, or with FASTMERGE_CPU=0, the package installs without those for CPUs;
+without nvcc, or with FASTMERGE_CUDA=0, without those for GPUs. FASTMERGE_CPU=1 and FASTMERGE_CUDA=1 make a failing build
+an error. Whether a GPU is there does not matter: nvcc is enough.
+
+Each family of kernels for CPUs is compiled once per instruction set and the fastest one is chosen at run time, so a
+wheel runs on any machine of its architecture. Those for GPUs are compiled for the architectures in ARCHITECTURES, or in
+FASTMERGE_CUDA_ARCHITECTURES ("90a", "80,90a"). FASTMERGE_CUDA_EMULATED=1 also builds them for an emulator on the CPU,
+which the tests use.
 """
 
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -16,6 +25,22 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 FAMILIES = ("select", "sparsify", "pcb", "consensus")
 DRIVERS = ("dispatch", "pool", "select", "sparsify", "pcb", "consensus")
+
+CUDA_SOURCES = ("driver", *FAMILIES)
+# The last one as PTX, too, which newer GPUs compile for themselves.
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "--fmad=false",
+    "--prec-div=true",
+    "--prec-sqrt=true",
+    "--ftz=false",
+    "--Werror=all-warnings",
+    "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
+    # The host's compiler sees the kernels' parts, too, and does not know that loops can be unrolled.
+    "-Xcompiler=-fPIC,-ffp-contract=off,-fvisibility=hidden,-Wall,-Wextra,-Wno-unknown-pragmas",
+]
 
 # Value-preserving optimisation only: no contraction into fused multiply-adds, no fast-math.
 COMMON_FLAGS = [
@@ -60,62 +85,161 @@ def isa_defines(isa: str) -> list[tuple[str, str]]:
     ]
 
 
+def nvcc() -> str | None:
+    """CUDA's compiler: NVCC, or that of CUDA_HOME, or the one on the path; None where there is none."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [os.environ.get("NVCC"), *(os.path.join(home, "bin", "nvcc") for home in homes), "nvcc"]
+    return next((found for each in candidates if each and (found := shutil.which(each))), None)
+
+
+def architectures() -> list[str]:
+    """For which GPUs CUDA code is compiled."""
+    forced = os.environ.get("FASTMERGE_CUDA_ARCHITECTURES")
+    return [each.strip() for each in forced.split(",")] if forced else list(ARCHITECTURES)
+
+
+def code_flags(wanted: list[str]) -> list[str]:
+    """nvcc's flags for these architectures, and for newer ones than the last that has PTX for all."""
+    flags = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in wanted]
+    portable = [each for each in wanted if each.isdigit()]
+    return [*flags, *(f"-gencode=arch=compute_{each},code=compute_{each}" for each in portable[-1:])]
+
+
+def cuda_runtime(compiler: str) -> str:
+    """CUDA's runtime, to be linked into the module, which then needs nothing but the driver."""
+    # nvcc may be a script somewhere else than the toolkit; it knows where it links from.
+    shown = subprocess.run([compiler, "--dryrun", "none.cu"], capture_output=True, text=True)
+    for folder in re.findall(r'"-L([^"]+)"', shown.stdout + shown.stderr):
+        library = Path(folder) / "libcudart_static.a"
+        if library.exists():
+            return str(library)
+    raise RuntimeError(f"{compiler} has no libcudart_static.a")
+
+
 class BuildKernels(build_ext):
-    """Compiles the drivers once and the kernels once per instruction set, and links them together."""
+    """Compiles and links each module of kernels, in its own way; a module that is optional may fail."""
 
     def build_extension(self, ext: Extension) -> None:
-        wanted = os.environ.get("FASTMERGE_CPU", "")
+        build, variable, needed = {
+            "fastmerge._cpu": (
+                self._build_cpu,
+                "FASTMERGE_CPU",
+                "A C++17 compiler is needed (for example: apt-get install g++).",
+            ),
+            "fastmerge._cuda": (
+                self._build_cuda,
+                "FASTMERGE_CUDA",
+                "nvcc 12.1 or newer and a C++17 compiler are needed.",
+            ),
+            "fastmerge._cuda_emulated": (self._build_emulated, "FASTMERGE_CUDA_EMULATED", "It is for the tests."),
+        }[ext.name]
+        wanted = os.environ.get(variable, "")
         if wanted == "0":
-            print("fastmerge: FASTMERGE_CPU=0, building without compiled CPU kernels", file=sys.stderr)
+            print(f"fastmerge: {variable}=0, building without {ext.name}", file=sys.stderr)
             return
         try:
-            self._build_kernels(ext)
+            build(ext)
         except Exception as error:
             if wanted == "1":
-                raise
+                # Another kind of error than those that setuptools forgives.
+                raise RuntimeError(f"{variable}=1, and {ext.name} could not be built") from error
             print(
-                f"fastmerge: the CPU kernels could not be built ({error}); installing without them. "
-                "A C++17 compiler is needed (for example: apt-get install g++).",
+                f"fastmerge: {ext.name} could not be built ({error}); installing without it. {needed}",
                 file=sys.stderr,
             )
 
-    def _build_kernels(self, ext: Extension) -> None:
+    def _compile(
+        self, ext: Extension, folder: str, sources: list[str], defines: list[tuple[str, str]], flags: list[str]
+    ) -> list[str]:
+        """Objects of C++ sources, in a folder of their own."""
         import pybind11
 
         include = [str(ROOT / "csrc" / "include"), str(ROOT / "csrc"), pybind11.get_include()]
-        python_include = self.compiler.include_dirs
-        objects: list[str] = []
-        folder = Path(self.build_temp)
+        made: list[str] = self.compiler.compile(
+            sources,
+            output_dir=str(Path(self.build_temp) / folder),
+            macros=defines,
+            include_dirs=[*include, *self.compiler.include_dirs],
+            extra_postargs=[*COMMON_FLAGS, *flags],
+            depends=ext.depends,
+        )
+        return made
 
-        def compile_into(name: str, sources: list[str], defines: list[tuple[str, str]], flags: list[str]) -> None:
-            made = self.compiler.compile(
-                sources,
-                output_dir=str(folder / name),
-                macros=defines,
-                include_dirs=[*include, *python_include],
-                extra_postargs=[*COMMON_FLAGS, *flags],
-                depends=ext.depends,
-            )
-            objects.extend(made)
-
-        compile_into("driver", [f"csrc/cpu/{name}.cpp" for name in DRIVERS], [], [])
-        for isa, flags in isa_flags(platform.machine()).items():
-            compile_into(isa, [f"csrc/cpu/kernels/{name}.cpp" for name in FAMILIES], isa_defines(isa), flags)
-        compile_into("bindings", ["csrc/bindings/cpu.cpp"], [], [])
-        target = self.get_ext_fullpath(ext.name)
+    def _link(self, ext: Extension, objects: list[str], libraries: list[str]) -> None:
         self.compiler.link_shared_object(
             objects,
-            target,
+            self.get_ext_fullpath(ext.name),
             target_lang="c++",
-            extra_postargs=["-lstdc++", "-pthread"] if sys.platform == "linux" else ["-lc++"],
+            extra_postargs=["-lstdc++", "-pthread", *libraries] if sys.platform == "linux" else ["-lc++", *libraries],
         )
 
+    def _build_cpu(self, ext: Extension) -> None:
+        """The drivers once and the kernels once per instruction set."""
+        objects = self._compile(ext, "driver", [f"csrc/cpu/{name}.cpp" for name in DRIVERS], [], [])
+        for isa, flags in isa_flags(platform.machine()).items():
+            sources = [f"csrc/cpu/kernels/{name}.cpp" for name in FAMILIES]
+            objects += self._compile(ext, isa, sources, isa_defines(isa), flags)
+        objects += self._compile(ext, "bindings", ["csrc/bindings/cpu.cpp"], [], [])
+        self._link(ext, objects, [])
 
-headers = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")]
-kernels = Extension("fastmerge._cpu", sources=["csrc/bindings/cpu.cpp"], depends=headers, optional=False)
+    def _build_cuda(self, ext: Extension) -> None:
+        """The kernels by nvcc, for all architectures at once; what ptxas says of them is kept beside the objects."""
+        compiler = nvcc()
+        if compiler is None:
+            raise RuntimeError("there is no nvcc")
+        wanted = architectures()
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
+        flags = [*NVCC_FLAGS, *code_flags(wanted), *include]
+
+        def compiled(name: str) -> str:
+            source, target, log = ROOT / "csrc" / "cuda" / f"{name}.cu", folder / f"{name}.o", folder / f"{name}.log"
+            newest = max(os.path.getmtime(path) for path in (source, __file__, *ext.depends))
+            if not (target.exists() and log.exists() and log.read_text().startswith(f"{wanted}\n")):
+                newest = float("inf")
+            if newest > (os.path.getmtime(target) if target.exists() else 0):
+                command = [compiler, *flags, "-c", str(source), "-o", str(target)]
+                result = subprocess.run(command, capture_output=True, text=True)
+                if result.returncode:
+                    target.unlink(missing_ok=True)
+                    raise RuntimeError(f"nvcc refused {source.name}:\n{result.stdout}{result.stderr}")
+                log.write_text(f"{wanted}\n{result.stdout}{result.stderr}")
+            return str(target)
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1) as pool:
+            objects = list(pool.map(compiled, CUDA_SOURCES))
+        named = [("FASTMERGE_CUDA_ARCHITECTURES", f'"{",".join(wanted)}"')]
+        objects += self._compile(ext, "cuda-bindings", CUDA_BINDINGS, named, [])
+        self._link(ext, objects, [cuda_runtime(compiler), "-ldl", "-lrt"])
+
+    def _build_emulated(self, ext: Extension) -> None:
+        """The CUDA kernels as C++, with the emulator in the place of CUDA."""
+        folder = Path(self.build_temp) / "emulated-sources"
+        folder.mkdir(parents=True, exist_ok=True)
+        sources = ["csrc/cuda/emulated.cpp", *CUDA_BINDINGS]
+        for name in CUDA_SOURCES:
+            # setuptools knows no .cu: a file of another name includes it.
+            path = folder / f"{name}.cpp"
+            text = f'#include "cuda/{name}.cu"\n'
+            if not path.exists() or path.read_text() != text:
+                path.write_text(text)
+            sources.append(str(path))
+        named = [("FASTMERGE_CUDA_MODULE", "_cuda_emulated")]
+        # -O2 warns of less that is not there.
+        self._link(ext, self._compile(ext, "emulated", sources, named, ["-O2"]), [])
+
+
+depends = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cu")]
+CUDA_BINDINGS = ["csrc/bindings/cuda.cpp", *(f"csrc/bindings/cuda/{name}.cpp" for name in FAMILIES)]
+modules = [Extension("fastmerge._cpu", sources=["csrc/bindings/cpu.cpp"], depends=depends, optional=True)]
+if nvcc() is not None or os.environ.get("FASTMERGE_CUDA") == "1":
+    modules.append(Extension("fastmerge._cuda", sources=CUDA_BINDINGS, depends=depends, optional=True))
+if os.environ.get("FASTMERGE_CUDA_EMULATED") == "1":
+    modules.append(Extension("fastmerge._cuda_emulated", sources=CUDA_BINDINGS, depends=depends, optional=True))
 
 setup(
     packages=find_packages(include=["fastmerge", "fastmerge.*"]),
-    ext_modules=[kernels],
+    ext_modules=modules,
     cmdclass={"build_ext": BuildKernels},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -10,8 +11,11 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 # Without a GPU, kernels in Triton run in its interpreter. It must be chosen before Triton is imported.
+# Those in CUDA C++ run in the emulator, where it was built.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("fastmerge._cuda_emulated") is not None:
+        os.environ.setdefault("FASTMERGE_CUDA_EMULATED", "1")
 
 settings.register_profile(
     "default",

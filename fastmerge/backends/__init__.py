@@ -18,10 +18,11 @@ from ..errors import BackendError
 ENVIRONMENT_VARIABLE = "FASTMERGE_BACKEND"
 
 # In the order in which "auto" prefers them.
-_NAMES = ("triton", "cpu", "reference")
+_NAMES = ("cuda", "triton", "cpu", "reference")
 # The devices for which "auto" takes them. A backend's own DEVICES may be more: by name it takes those, too.
-_DEVICES = {"triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
+_DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
 _MISSING_HINT = {
+    "cuda": "build it with nvcc at hand: `pip install .` in the sources",
     "cpu": "build it with a C++ compiler at hand: `pip install .` in the sources",
     "triton": "it comes with torch for GPUs, or by `pip install triton`",
 }

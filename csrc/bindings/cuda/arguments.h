@@ -1,0 +1,73 @@
+// Arguments as Python hands them over, made into what the kernels take. Checks only what would crash.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda/api.h"
+
+namespace py = pybind11;
+
+namespace fastmerge {
+namespace bindings {
+
+// (address, dtype code): 0 float32, 1 bfloat16, 2 float16
+using Ref = std::pair<uintptr_t, int>;
+
+// Number of the device, and the stream of it on which everything is enqueued.
+using PlaceRef = std::pair<int, uintptr_t>;
+
+inline void need(bool condition, const char* what) {
+    if (!condition) throw std::invalid_argument(what);
+}
+
+// RuntimeError with CUDA's sentence where a launch was refused.
+inline void done(int error) {
+    if (error != 0) throw std::runtime_error(std::string("CUDA: ") + cuda::error_text(error));
+}
+
+inline cuda::Place place(const PlaceRef& ref) {
+    done(cuda::use_device(ref.first));
+    return {reinterpret_cast<void*>(ref.second)};
+}
+
+inline cuda::Array array(const Ref& ref) {
+    need(ref.second >= 0 && ref.second <= 2, "dtype code out of range");
+    return {reinterpret_cast<const void*>(ref.first), ref.second};
+}
+
+template <class T>
+T* address(uintptr_t number) {
+    return reinterpret_cast<T*>(number);
+}
+
+inline cuda::Models models(const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel,
+                           int compute) {
+    need(!tensors.empty() && tensors.size() <= cuda::kMostModels, "the number of models is out of range");
+    need(compute >= 0 && compute <= 2, "compute dtype code out of range");
+    cuda::Models made{};
+    made.base = subtract ? array(base) : cuda::Array{nullptr, 0};
+    made.count = static_cast<int32_t>(tensors.size());
+    made.compute = compute;
+    made.numel = numel;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        cuda::Array x = array(tensors[i]);
+        made.data[i] = x.data;
+        made.dtype[i] = static_cast<int8_t>(x.dtype);
+    }
+    return made;
+}
+
+// One function per family: what it adds to the module.
+void bind_select(py::module_& m);
+void bind_sparsify(py::module_& m);
+void bind_consensus(py::module_& m);
+void bind_pcb(py::module_& m);
+
+}  // namespace bindings
+}  // namespace fastmerge

@@ -1,0 +1,9 @@
+#include "bindings/cuda/arguments.h"
+
+namespace fastmerge {
+namespace bindings {
+
+void bind_select(py::module_& m) { (void)m; }
+
+}  // namespace bindings
+}  // namespace fastmerge

@@ -1,0 +1,108 @@
+// What kernels may use of a GPU, under one set of names: by nvcc it is CUDA, by any other compiler an emulator on the CPU
+// (emulated.h), in which the tests run the same kernels where there is no GPU.
+//
+// A kernel is launched in blocks of threads along one dimension. It has one piece of shared memory, whose type it names.
+// Warps are whole: the operations of a warp are called by all of its 32 threads together, those of a block by all
+// threads of it. What is added to memory that other threads add to is integers: their sums have no order.
+#pragma once
+
+#include "fastmerge/platform.h"
+
+#if defined(__CUDACC__)
+
+#include <cuda_runtime.h>
+
+#define FM_DEVICE __device__ __forceinline__
+#define FM_KERNEL(threads) static __global__ void __launch_bounds__(threads)
+// A parameter that is large: it stays where the launch put it.
+#define FM_LARGE const __grid_constant__
+#define FM_UNROLL _Pragma("unroll")
+
+FM_NAMESPACE_BEGIN
+namespace cuda {
+
+FM_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+FM_DEVICE int lane() { return static_cast<int>(threadIdx.x) & 31; }
+FM_DEVICE int64_t block() { return blockIdx.x; }
+FM_DEVICE int64_t blocks() { return gridDim.x; }
+
+FM_DEVICE void sync() { __syncthreads(); }
+// Whether any thread of the block says so; a barrier, too.
+FM_DEVICE bool any_of_block(bool value) { return __syncthreads_or(value) != 0; }
+FM_DEVICE bool all_of_warp(bool value) { return __all_sync(0xffffffffu, value) != 0; }
+// Bit i: what the warp's thread i says.
+FM_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
+template <class T>
+FM_DEVICE T from_lane(T value, int source) {
+    return __shfl_sync(0xffffffffu, value, source);
+}
+// From the thread `distance` lanes before; a thread that has none keeps its own.
+template <class T>
+FM_DEVICE T from_before(T value, int distance) {
+    return __shfl_up_sync(0xffffffffu, value, static_cast<unsigned>(distance));
+}
+template <class T>
+FM_DEVICE T from_across(T value, int mask) {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// Each returns what was there before.
+FM_DEVICE uint32_t atomic_add(uint32_t* to, uint32_t value) { return atomicAdd(to, value); }
+FM_DEVICE int32_t atomic_add(int32_t* to, int32_t value) { return atomicAdd(to, value); }
+FM_DEVICE int64_t atomic_add(int64_t* to, int64_t value) {
+    return static_cast<int64_t>(
+        atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value)));
+}
+FM_DEVICE uint32_t atomic_or(uint32_t* to, uint32_t value) { return atomicOr(to, value); }
+FM_DEVICE int32_t atomic_min(int32_t* to, int32_t value) { return atomicMin(to, value); }
+FM_DEVICE int32_t atomic_max(int32_t* to, int32_t value) { return atomicMax(to, value); }
+FM_DEVICE int64_t atomic_max(int64_t* to, int64_t value) {
+    return atomicMax(reinterpret_cast<long long*>(to), static_cast<long long>(value));
+}
+
+struct alignas(16) Words4 {
+    uint32_t word[4];
+};
+
+// Memory that is read once: it does not stay in the first-level cache. The address is a multiple of 16.
+FM_DEVICE Words4 load16(const void* from) {
+    uint4 read = __ldcs(static_cast<const uint4*>(from));
+    return {{read.x, read.y, read.z, read.w}};
+}
+FM_DEVICE void store16(void* to, const Words4& value) {
+    __stcs(static_cast<uint4*>(to), make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]));
+}
+
+// The low 32 bits of two words, of which `high` comes after `low`, from bit `bits` (0 to 31) on.
+FM_DEVICE uint32_t from_bit(uint32_t low, uint32_t high, uint32_t bits) { return __funnelshift_r(low, high, bits); }
+FM_DEVICE int count_bits(uint32_t value) { return __popc(value); }
+FM_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
+template <class T>
+FM_DEVICE T& shared() {
+    extern __shared__ __align__(16) unsigned char fm_shared[];
+    return *reinterpret_cast<T*>(fm_shared);
+}
+
+// 0, or CUDA's number of what went wrong. shared: bytes of shared memory.
+template <class... P, class... A>
+int launch(void (*kernel)(P...), int64_t grid, int threads, size_t shared, void* stream, A&&... arguments) {
+    if (grid == 0) return 0;
+    if (shared > (48u << 10)) {
+        cudaError_t refused =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        if (refused != cudaSuccess) return refused;
+    }
+    kernel<<<static_cast<unsigned>(grid), threads, shared, static_cast<cudaStream_t>(stream)>>>(
+        static_cast<P>(arguments)...);
+    return cudaGetLastError();
+}
+
+}  // namespace cuda
+FM_NAMESPACE_END
+
+#else
+
+#include "cuda/emulated.h"
+
+#endif

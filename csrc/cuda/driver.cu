@@ -1,0 +1,52 @@
+// What does not belong to a family: the device, its limits, and what its errors mean.
+#include "cuda/api.h"
+#include "cuda/device.h"
+
+FM_NAMESPACE_BEGIN
+namespace cuda {
+
+#if defined(__CUDACC__)
+
+const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+std::string check_usable() {
+    int count = 0;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess) return std::string("no GPU that this CUDA can use: ") + cudaGetErrorString(error);
+    return count == 0 ? "no GPU that this CUDA can use" : "";
+}
+
+int use_device(int device) {
+    int current = -1;
+    cudaError_t error = cudaGetDevice(&current);
+    if (error != cudaSuccess) return error;
+    return current == device ? cudaSuccess : cudaSetDevice(device);
+}
+
+static int attribute(cudaDeviceAttr which, int otherwise) {
+    int device = 0, value = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return otherwise;
+    return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : otherwise;
+}
+
+int64_t shared_limit() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, 48 << 10); }
+
+int64_t processors() { return attribute(cudaDevAttrMultiProcessorCount, 1); }
+
+#else
+
+const char* error_text(int) { return "the emulator refused a launch"; }
+
+std::string check_usable() { return ""; }
+
+int use_device(int) { return 0; }
+
+int64_t shared_limit() { return emulated::shared_limit(); }
+
+// Few, so that each has several parts of the work.
+int64_t processors() { return 3; }
+
+#endif
+
+}  // namespace cuda
+FM_NAMESPACE_END

@@ -1,0 +1,147 @@
+// A GPU's blocks, warps and threads on one thread of the CPU: what device.h names, for any C++ compiler.
+//
+// Every thread of a block is a fiber. It runs until it waits for its warp or its block, and goes on when all the others
+// wait for the same; if some wait for something else, or have ended, the kernel would hang or be undefined on a GPU, and
+// the emulator says so and aborts. Blocks run one after the other. Shared memory begins as rubbish in every block.
+// FASTMERGE_EMULATED_ORDER=reverse runs blocks and threads from the last to the first: a race shows as another result.
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+
+#include <functional>
+#include <type_traits>
+
+#include "fastmerge/platform.h"
+
+#define FM_DEVICE static inline
+#define FM_KERNEL(threads) static void
+#define FM_LARGE const
+#define FM_UNROLL
+
+namespace fastmerge {
+namespace emulated {
+
+enum class Wait : int { kNothing, kWarp, kBlock, kEnded };
+
+struct Context {
+    int thread;
+    int64_t block, blocks;
+    unsigned char* shared;
+};
+
+extern Context context;  // of the fiber that runs
+
+// Deposits a value, waits for the warp or the block, and returns all deposits of it, 32 or as many as threads.
+const uint64_t* meet(Wait wait, uint64_t value);
+// FASTMERGE_EMULATED_SHARED, or 227 KiB, what a block may have on sm_90.
+int64_t shared_limit();
+void run(int64_t grid, int threads, size_t shared, const std::function<void()>& body);
+
+}  // namespace emulated
+}  // namespace fastmerge
+
+FM_NAMESPACE_BEGIN
+namespace cuda {
+
+using emulated::context;
+using emulated::meet;
+using emulated::Wait;
+
+FM_DEVICE int thread() { return context.thread; }
+FM_DEVICE int lane() { return context.thread & 31; }
+FM_DEVICE int64_t block() { return context.block; }
+FM_DEVICE int64_t blocks() { return context.blocks; }
+
+FM_DEVICE void sync() { meet(Wait::kBlock, 0); }
+FM_DEVICE bool any_of_block(bool value) { return meet(Wait::kBlock, value)[-1] != 0; }
+FM_DEVICE uint32_t ballot(bool value) {
+    const uint64_t* said = meet(Wait::kWarp, value);
+    uint32_t bits = 0;
+    for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(said[i] != 0) << i;
+    return bits;
+}
+FM_DEVICE bool all_of_warp(bool value) { return ballot(value) == 0xffffffffu; }
+
+template <class T>
+FM_DEVICE T from_lane(T value, int source) {
+    static_assert(sizeof(T) <= 8, "a register, or two");
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof(T));
+    uint64_t found = meet(Wait::kWarp, bits)[source & 31];
+    memcpy(&value, &found, sizeof(T));
+    return value;
+}
+template <class T>
+FM_DEVICE T from_before(T value, int distance) {
+    return from_lane(value, lane() >= distance ? lane() - distance : lane());
+}
+template <class T>
+FM_DEVICE T from_across(T value, int mask) {
+    return from_lane(value, lane() ^ mask);
+}
+
+template <class T>
+FM_DEVICE T atomic_add(T* to, typename std::common_type<T>::type value) {
+    T before = *to;
+    *to = static_cast<T>(before + value);
+    return before;
+}
+FM_DEVICE uint32_t atomic_or(uint32_t* to, uint32_t value) {
+    uint32_t before = *to;
+    *to = before | value;
+    return before;
+}
+template <class T>
+FM_DEVICE T atomic_min(T* to, typename std::common_type<T>::type value) {
+    T before = *to;
+    *to = value < before ? value : before;
+    return before;
+}
+template <class T>
+FM_DEVICE T atomic_max(T* to, typename std::common_type<T>::type value) {
+    T before = *to;
+    *to = value > before ? value : before;
+    return before;
+}
+
+struct alignas(16) Words4 {
+    uint32_t word[4];
+};
+
+// A GPU would stop the kernel: "misaligned address".
+void refuse_misaligned(const void* address);
+
+FM_DEVICE Words4 load16(const void* from) {
+    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) refuse_misaligned(from);
+    Words4 value;
+    memcpy(&value, from, 16);
+    return value;
+}
+FM_DEVICE void store16(void* to, const Words4& value) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 != 0) refuse_misaligned(to);
+    memcpy(to, &value, 16);
+}
+
+FM_DEVICE uint32_t from_bit(uint32_t low, uint32_t high, uint32_t bits) {
+    return static_cast<uint32_t>(((static_cast<uint64_t>(high) << 32) | low) >> (bits & 31u));
+}
+FM_DEVICE int count_bits(uint32_t value) { return __builtin_popcount(value); }
+FM_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
+    return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+}
+
+template <class T>
+FM_DEVICE T& shared() {
+    return *reinterpret_cast<T*>(context.shared);
+}
+
+template <class... P, class... A>
+int launch(void (*kernel)(P...), int64_t grid, int threads, size_t shared, void* stream, A&&... arguments) {
+    (void)stream;
+    emulated::run(grid, threads, shared, [&] { kernel(static_cast<P>(arguments)...); });
+    return 0;
+}
+
+}  // namespace cuda
+FM_NAMESPACE_END

@@ -1,0 +1,50 @@
+// What launches hand to kernels, by value: the models, and the rule that says what each of them keeps.
+#pragma once
+
+#include <stdint.h>
+
+#include "fastmerge/philox.h"
+#include "fastmerge/sparsify.h"
+
+FM_NAMESPACE_BEGIN
+namespace cuda {
+
+constexpr int64_t kTieBlock = 65536;  // elements per tie count; must equal TIE_BLOCK in Python
+constexpr int kMostModels = 128;      // of one launch
+
+struct Array {
+    const void* data;
+    int32_t dtype;
+};
+
+// n models of `numel` elements. With a base the values are round_C(model - base), without it round_C(model).
+struct Models {
+    Array base;  // data == nullptr: no subtraction
+    const void* data[kMostModels];
+    int8_t dtype[kMostModels];
+    int32_t count;
+    int32_t compute;  // dtype that intermediate results are rounded to
+    int64_t numel;
+};
+
+FM_INLINE Array model_of(const Models& models, int32_t i) {
+    Array x = {models.data[i], models.dtype[i]};
+    return x;
+}
+
+// What each model keeps. DELLA is decided beforehand, as masks.
+struct Rule {
+    int32_t method;
+    const int64_t* bounds;       // [n, 2, 2]
+    const int64_t* ties_before;  // [n, 2, blocks]
+    int64_t blocks;
+    uint64_t limit[kMostModels];   // random words below it are kept
+    uint32_t stream[kMostModels];  // stream id
+    uint64_t seed, tensor_id;
+    uint64_t offset;       // flat index of the first element in its tensor
+    const uint8_t* masks;  // [n, mask_stride] what was decided before, a bit for each element, low bit first
+    int64_t mask_stride;   // bytes
+};
+
+}  // namespace cuda
+FM_NAMESPACE_END

@@ -1,0 +1,180 @@
+// Tiles: a thread has eight elements that follow each other, a block has as many threads as that makes a tile. Loads and
+// stores are 16 bytes wide wherever the data begins; the last elements of a tensor are taken one by one.
+#pragma once
+
+#include "cuda/device.h"
+#include "cuda/kernels.h"
+#include "fastmerge/keys.h"
+
+FM_NAMESPACE_BEGIN
+namespace cuda {
+
+constexpr int kThreads = 256;
+constexpr int kEach = 8;                   // elements of a thread
+constexpr int kTile = kThreads * kEach;    // elements of a block at a time
+constexpr int kWarps = kThreads / 32;
+constexpr int kTilesPerTieBlock = static_cast<int>(kTieBlock / kTile);
+
+FM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// --- loads ------------------------------------------------------------------------------------------------------------
+
+// Sixteen bytes that begin at byte `shift` (1 to 15) of the first of two words of 16 bytes.
+FM_INLINE void shifted16(const uint32_t* first, const uint32_t* second, uint32_t shift, uint32_t* out) {
+    uint32_t all[8] = {first[0], first[1], first[2], first[3], second[0], second[1], second[2], second[3]};
+    // By selects, for an array that is indexed by a variable is kept in memory.
+    FM_UNROLL
+    for (int i = 0; i < 6; ++i) all[i] = (shift & 8u) ? all[i + 2] : all[i];
+    FM_UNROLL
+    for (int i = 0; i < 5; ++i) all[i] = (shift & 4u) ? all[i + 1] : all[i];
+    uint32_t bits = 8u * (shift & 3u);
+    FM_UNROLL
+    for (int i = 0; i < 4; ++i) out[i] = bits == 0 ? all[i] : (all[i] >> bits) | (all[i + 1] << (32u - bits));
+}
+
+// Sixteen bytes from anywhere. Where they do not begin at a multiple of 16 the two words that they lie in are read,
+// each of which has at least one byte of them, so that no page is read that has none.
+FM_DEVICE void load_bytes(const void* from, uint32_t* out) {
+    uint32_t shift = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from) & 15u);
+    const char* start = static_cast<const char*>(from) - shift;
+    Words4 first = load16(start);
+    if (shift == 0) {
+        FM_UNROLL
+        for (int i = 0; i < 4; ++i) out[i] = first.word[i];
+        return;
+    }
+    Words4 second = load16(start + 16);
+    shifted16(first.word, second.word, shift, out);
+}
+
+FM_DEVICE float read_one(Array x, int64_t i) {
+    const unsigned char* from = static_cast<const unsigned char*>(x.data) + dtype_size(x.dtype) * i;
+    uint32_t bits = static_cast<uint32_t>(from[0]) | (static_cast<uint32_t>(from[1]) << 8);
+    if (x.dtype == kFloat32) {
+        bits |= (static_cast<uint32_t>(from[2]) << 16) | (static_cast<uint32_t>(from[3]) << 24);
+        return bit_cast<float>(bits);
+    }
+    return x.dtype == kBFloat16 ? widen_bfloat16(static_cast<uint16_t>(bits))
+                                : widen_float16(static_cast<uint16_t>(bits));
+}
+
+// Elements at .. at + 7 as float32; those from `end` on are 0.
+FM_DEVICE void load8(Array x, int64_t at, int64_t end, float* out) {
+    if (at + kEach > end) {
+        FM_UNROLL
+        for (int t = 0; t < kEach; ++t) out[t] = at + t < end ? read_one(x, at + t) : 0.0f;
+        return;
+    }
+    const char* from = static_cast<const char*>(x.data) + dtype_size(x.dtype) * at;
+    uint32_t words[4];
+    load_bytes(from, words);
+    if (x.dtype == kFloat32) {
+        uint32_t more[4];
+        load_bytes(from + 16, more);
+        FM_UNROLL
+        for (int i = 0; i < 4; ++i) out[i] = bit_cast<float>(words[i]);
+        FM_UNROLL
+        for (int i = 0; i < 4; ++i) out[4 + i] = bit_cast<float>(more[i]);
+    } else if (x.dtype == kBFloat16) {
+        FM_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            out[2 * i] = bit_cast<float>(words[i] << 16);
+            out[2 * i + 1] = bit_cast<float>(words[i] & 0xffff0000u);
+        }
+    } else {
+        FM_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            out[2 * i] = widen_float16(static_cast<uint16_t>(words[i]));
+            out[2 * i + 1] = widen_float16(static_cast<uint16_t>(words[i] >> 16));
+        }
+    }
+}
+
+FM_INLINE void round8(int32_t compute, float* values) {
+    if (compute == kBFloat16) {
+        FM_UNROLL
+        for (int t = 0; t < kEach; ++t) values[t] = widen_bfloat16(round_bfloat16(values[t]));
+    } else if (compute == kFloat16) {
+        FM_UNROLL
+        for (int t = 0; t < kEach; ++t) values[t] = widen_float16(round_float16(values[t]));
+    }
+}
+
+// The inputs themselves as the compute dtype holds them.
+FM_DEVICE void load_rounded(Array x, int32_t compute, int64_t at, int64_t end, float* out) {
+    load8(x, at, end, out);
+    if (x.dtype != compute) round8(compute, out);
+}
+
+// round_C(model - base), or round_C(model) where nothing is subtracted. `base` holds load_rounded of the base.
+FM_DEVICE void delta8(Array x, bool subtract, int32_t compute, int64_t at, int64_t end, const float* base, float* out) {
+    load_rounded(x, compute, at, end, out);
+    if (!subtract) return;
+    FM_UNROLL
+    for (int t = 0; t < kEach; ++t) out[t] = out[t] - base[t];
+    round8(compute, out);
+}
+
+// --- stores -----------------------------------------------------------------------------------------------------------
+
+FM_INLINE uint32_t rounded_bits(int32_t dtype, float value) {
+    if (dtype == kFloat32) return bit_cast<uint32_t>(canonical(value));
+    return dtype == kBFloat16 ? round_bfloat16(value) : round_float16(value);
+}
+
+FM_DEVICE void store8(void* data, int32_t dtype, int64_t at, int64_t end, const float* values) {
+    int64_t size = dtype_size(dtype);
+    unsigned char* to = static_cast<unsigned char*>(data) + size * at;
+    if (at + kEach <= end && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+        if (dtype == kFloat32) {
+            FM_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                Words4 four;
+                FM_UNROLL
+                for (int i = 0; i < 4; ++i) four.word[i] = rounded_bits(kFloat32, values[4 * half + i]);
+                store16(to + 16 * half, four);
+            }
+            return;
+        }
+        Words4 eight;
+        FM_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            eight.word[i] = rounded_bits(dtype, values[2 * i]) | (rounded_bits(dtype, values[2 * i + 1]) << 16);
+        }
+        store16(to, eight);
+        return;
+    }
+    FM_UNROLL
+    for (int t = 0; t < kEach; ++t) {
+        if (at + t >= end) break;
+        uint32_t bits = rounded_bits(dtype, values[t]);
+        for (int64_t i = 0; i < size; ++i) to[size * t + i] = static_cast<unsigned char>(bits >> (8 * i));
+    }
+}
+
+// --- a block together -------------------------------------------------------------------------------------------------
+
+// What the threads before this one have together, and what all have, over a block of kThreads. Called by all of them.
+// `partial` is shared memory for kWarps + 1 numbers, not to be used for anything else before the next barrier.
+FM_DEVICE uint32_t sum_before(uint32_t own, uint32_t* partial, uint32_t* total) {
+    uint32_t upto = own;
+    for (int distance = 1; distance < 32; distance *= 2) {
+        uint32_t before = from_before(upto, distance);
+        if (lane() >= distance) upto += before;
+    }
+    sync();
+    if (lane() == 31) partial[thread() / 32] = upto;
+    sync();
+    uint32_t lower = 0, all = 0;
+    FM_UNROLL
+    for (int warp = 0; warp < kWarps; ++warp) {
+        uint32_t of_warp = partial[warp];
+        lower += warp < thread() / 32 ? of_warp : 0u;
+        all += of_warp;
+    }
+    *total = all;
+    return lower + upto - own;
+}
+
+}  // namespace cuda
+FM_NAMESPACE_END

@@ -1,0 +1,36 @@
+"""The cuda backend: kernels in CUDA C++, compiled when the package was built, for NVIDIA GPUs.
+
+The functions are those of `fastmerge.backends.reference`, with the same bits, on CUDA tensors. Nothing waits for the
+GPU, and the current stream is the one that is used. FASTMERGE_CUDA_EMULATED=1 runs the same kernels in an emulator, on
+tensors of the CPU (tests).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..rule import TIE_BLOCK
+from .launch import EMULATED, compiled
+from .sparsify import count_nonfinite, zero_nonfinite_
+
+__all__ = [
+    "DEVICES",
+    "check_usable",
+    "count_nonfinite",
+    "zero_nonfinite_",
+]
+
+DEVICES = ("cuda", "cpu") if EMULATED else ("cuda",)
+"""Where tensors may be: the emulator takes those on the CPU, too."""
+
+
+def check_usable() -> None:
+    """ImportError with the reason where kernels could not run: asked before the backend is taken."""
+    if compiled.TIE_BLOCK != TIE_BLOCK:
+        raise ImportError(f"{compiled.__name__} was built from other sources than this package; build it again")
+    if EMULATED:
+        return
+    if torch.version.hip or not torch.cuda.is_available():
+        raise ImportError("no NVIDIA GPU that this torch can use")
+    if reason := compiled.check_usable():
+        raise ImportError(reason)

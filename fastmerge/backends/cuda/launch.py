@@ -1,0 +1,59 @@
+"""How kernels in CUDA C++ are called: which module they are in, where they run, and tensors as they take them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VARIABLE = "FASTMERGE_CUDA_EMULATED"
+
+EMULATED = os.environ.get(VARIABLE) == "1"
+"""Whether kernels run in the emulator."""
+
+compiled: Any
+if EMULATED:
+    from ... import _cuda_emulated as compiled
+else:
+    from ... import _cuda as compiled
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The dtypes as kernels name them."""
+
+Ref = tuple[int, int]
+"""A tensor's address and dtype."""
+
+NOTHING: Ref = (0, 0)
+
+
+def ref(x: Tensor) -> Ref:
+    """A contiguous tensor as kernels take it."""
+    return x.data_ptr(), CODES[x.dtype]
+
+
+def place(device: torch.device) -> tuple[int, int]:
+    """The device's number, and its current stream."""
+    if device.type == "cpu":
+        return 0, 0
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
+
+
+def address(x: Tensor | None) -> int:
+    """Where a tensor's data begins; 0 where there is none."""
+    return 0 if x is None else x.data_ptr()
+
+
+def inputs(base: Tensor | None, tensors: list[Tensor], compute: torch.dtype) -> tuple[Ref, bool, list[Ref], int, int]:
+    """A base that may be missing, and n models of one length, as kernels take them."""
+    reference = NOTHING if base is None else ref(base)
+    return reference, base is not None, [ref(x) for x in tensors], tensors[0].numel(), CODES[compute]
+
+
+def copied(values: list[int], device: torch.device) -> Tensor:
+    """int64 numbers in the device's memory, copied while the host goes on."""
+    host = torch.tensor(values, dtype=torch.int64)
+    # Pinned memory is given back only when the copy has been made: PyTorch sees to it.
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
