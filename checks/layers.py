@@ -3,7 +3,8 @@
 Python: backends <- ops <- methods <- engine <- everything else. ``reference`` knows only torch and is known only to
 backends, as are the compiled modules and the kernels in Triton, which know only Triton. Nothing below the engine knows
 a file.
-C++: include <- cpu <- bindings; the Torch and Python headers appear in bindings only.
+C++: include <- cpu, cuda <- bindings; the Torch and Python headers appear in bindings only, CUDA's in
+cuda/device.h only, which the tests replace by an emulator.
 """
 
 import ast
@@ -24,6 +25,8 @@ TOP = len(LAYERS)
 FILE_MODULES = frozenset({"safetensors", "huggingface_hub", "yaml", "mmap", "shutil", "tempfile", "transformers"})
 
 INCLUDE = re.compile(r"^\s*#\s*include\s*([<\"])([^>\"]+)[>\"]", re.MULTILINE)
+CUDA_HEADER = re.compile(r"^(cuda_|cuda\.h|cub/|thrust/|cooperative_groups|driver_types|device_)")
+CUDA_ALONE = "cuda/device.h"
 FOREIGN_HEADER = re.compile(r"^(torch|ATen|c10|pybind11|numpy)/|^(Python|pybind11)\b")
 
 
@@ -70,7 +73,7 @@ def triton_problems(kernels: Path) -> list[str]:
 def cpp_problems(csrc: Path) -> list[str]:
     """The wrong includes of the sources in ``csrc``."""
     found = []
-    floors = ("include", "cpu", "bindings")
+    known = {"include": ("include",), "cpu": ("include", "cpu"), "cuda": ("include", "cuda")}
     for path in sorted(csrc.rglob("*")):
         if path.suffix not in {".h", ".hpp", ".cuh", ".cpp", ".cc", ".cu"}:
             continue
@@ -78,11 +81,13 @@ def cpp_problems(csrc: Path) -> list[str]:
         for match in INCLUDE.finditer(path.read_text()):
             quote, header = match.groups()
             where = f"{path.relative_to(csrc.parent)}:{path.read_text()[: match.start(2)].count(chr(10)) + 1}"
-            if FOREIGN_HEADER.search(header) and floor != "bindings":
+            if CUDA_HEADER.search(header) and path.relative_to(csrc).as_posix() != CUDA_ALONE:
+                found.append(f"{where}: includes {header}: only csrc/{CUDA_ALONE} may know CUDA, which the tests emulate")
+            elif FOREIGN_HEADER.search(header) and floor != "bindings":
                 found.append(f"{where}: includes {header}: only csrc/bindings may know Python or Torch")
-            elif quote == '"' and floor in floors:
+            elif quote == '"' and floor in known:
                 target = _header_floor(path, header, csrc)
-                if target in floors and floors.index(target) > floors.index(floor):
+                if target is not None and target not in known[floor]:
                     found.append(f"{where}: includes {header}: csrc/{floor} may not know csrc/{target}")
     return found
 
@@ -115,7 +120,7 @@ def _objection(layer: str, target: str) -> str | None:
         return None if goal in COMMON else f"{layer} is known to every layer and may know none"
     if goal in COMMON:
         return None
-    if goal == "reference" or goal in {"_cpu", "_cuda", "_triton"}:
+    if goal == "reference" or goal in {"_cpu", "_cuda", "_cuda_emulated", "_triton"}:
         return None if layer == "backends" or layer not in LAYERS else f"only backends may know {goal}"
     if _rank(goal) > _rank(layer):
         return f"{layer} may not know what is above it"

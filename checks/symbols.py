@@ -70,7 +70,7 @@ def build(folder: Path, root: Path = ROOT) -> dict[str, list[Path]]:
             str(folder / "lib"),
         ],
         cwd=root,
-        env={**os.environ, "FASTMERGE_CPU": "1"},
+        env={**os.environ, "FASTMERGE_CPU": "1", "FASTMERGE_CUDA": "0", "FASTMERGE_CUDA_EMULATED": "0"},
         capture_output=True,
         text=True,
         check=False,

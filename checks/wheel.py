@@ -64,6 +64,7 @@ def build(folder: Path, *, kernels: bool, root: Path = ROOT) -> Path:
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, sources],
         cwd=folder,
         FASTMERGE_CPU="1" if kernels else "0",
+        FASTMERGE_CUDA="0",
     )
     (wheel,) = folder.glob("fastmerge-*.whl")
     return wheel

@@ -65,7 +65,7 @@ def test_an_import_downwards_is_fine(tmp_path, where, code):
 
 
 def cpp(tmp_path: Path, where: str, include: str) -> list[str]:
-    for name in ("include/fastmerge/keys.h", "cpu/pool.h", "bindings/checks.h"):
+    for name in ("include/fastmerge/keys.h", "cpu/pool.h", "cuda/tile.h", "bindings/checks.h"):
         path = tmp_path / "csrc" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -81,6 +81,11 @@ def cpp(tmp_path: Path, where: str, include: str) -> list[str]:
         ("include/fastmerge/keys.h", "<torch/extension.h>"),
         ("cpu/pool.cpp", '"bindings/checks.h"'),
         ("cpu/pool.cpp", "<Python.h>"),
+        ("cpu/pool.cpp", '"cuda/tile.h"'),
+        ("cuda/select.cu", '"cpu/pool.h"'),
+        ("cuda/select.cu", "<cuda_runtime.h>"),
+        ("bindings/cpu.cpp", "<cuda_runtime.h>"),
+        ("cuda/select.cu", "<pybind11/pybind11.h>"),
         ("cpu/pool.cpp", "<pybind11/pybind11.h>"),
         ("cpu/pool.cpp", '"ATen/ATen.h"'),
     ],
@@ -96,6 +101,8 @@ def test_an_include_upwards_is_found(tmp_path, where, include):
         ("include/fastmerge/keys.h", "<stdint.h>"),
         ("cpu/pool.cpp", '"fastmerge/keys.h"'),
         ("cpu/pool.cpp", '"pool.h"'),
+        ("cuda/select.cu", '"cuda/tile.h"'),
+        ("cuda/device.h", "<cuda_runtime.h>"),
         ("bindings/cpu.cpp", '"cpu/pool.h"'),
         ("bindings/cpu.cpp", "<pybind11/pybind11.h>"),
     ],
