@@ -1,8 +1,8 @@
 """Builds fastmerge and its compiled kernels, for CPUs and for NVIDIA GPUs.
 
 All of them are optional. Without a C++ compiler, or with FASTMERGE_CPU=0, the package installs without those for CPUs;
-without nvcc, or with FASTMERGE_CUDA=0, without those for GPUs. FASTMERGE_CPU=1 and FASTMERGE_CUDA=1 make a failing build
-an error. Whether a GPU is there does not matter: nvcc is enough.
+without nvcc, or with FASTMERGE_CUDA=0, without those for GPUs. FASTMERGE_CPU=1 and FASTMERGE_CUDA=1 make it an error if
+they cannot be built. Whether a GPU is there does not matter: nvcc is enough.
 
 Each family of kernels for CPUs is compiled once per instruction set and the fastest one is chosen at run time, so a
 wheel runs on any machine of its architecture. Those for GPUs are compiled for the architectures in ARCHITECTURES, or in
@@ -27,6 +27,7 @@ FAMILIES = ("select", "sparsify", "pcb", "consensus")
 DRIVERS = ("dispatch", "pool", "select", "sparsify", "pcb", "consensus")
 
 CUDA_SOURCES = ("driver", *FAMILIES)
+CUDA_BINDINGS = ["csrc/bindings/cuda.cpp", *(f"csrc/bindings/cuda/{name}.cpp" for name in FAMILIES)]
 # The last one as PTX, too, which newer GPUs compile for themselves.
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 NVCC_FLAGS = [
@@ -99,7 +100,7 @@ def architectures() -> list[str]:
 
 
 def code_flags(wanted: list[str]) -> list[str]:
-    """nvcc's flags for these architectures, and for newer ones than the last that has PTX for all."""
+    """Flags for these architectures, and for newer ones than the last that has PTX for all."""
     flags = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in wanted]
     portable = [each for each in wanted if each.isdigit()]
     return [*flags, *(f"-gencode=arch=compute_{each},code=compute_{each}" for each in portable[-1:])]
@@ -230,16 +231,20 @@ class BuildKernels(build_ext):
         self._link(ext, self._compile(ext, "emulated", sources, named, ["-O2"]), [])
 
 
-depends = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cu")]
-CUDA_BINDINGS = ["csrc/bindings/cuda.cpp", *(f"csrc/bindings/cuda/{name}.cpp" for name in FAMILIES)]
-modules = [Extension("fastmerge._cpu", sources=["csrc/bindings/cpu.cpp"], depends=depends, optional=True)]
-if nvcc() is not None or os.environ.get("FASTMERGE_CUDA") == "1":
-    modules.append(Extension("fastmerge._cuda", sources=CUDA_BINDINGS, depends=depends, optional=True))
-if os.environ.get("FASTMERGE_CUDA_EMULATED") == "1":
-    modules.append(Extension("fastmerge._cuda_emulated", sources=CUDA_BINDINGS, depends=depends, optional=True))
+def modules() -> list[Extension]:
+    """What is built here: for GPUs where there is nvcc, or if they are asked for; the emulator if it is."""
+    depends = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cu")]
+    sources = {"fastmerge._cpu": ["csrc/bindings/cpu.cpp"]}
+    if nvcc() is not None or os.environ.get("FASTMERGE_CUDA") == "1":
+        sources["fastmerge._cuda"] = CUDA_BINDINGS
+    if os.environ.get("FASTMERGE_CUDA_EMULATED") == "1":
+        sources["fastmerge._cuda_emulated"] = CUDA_BINDINGS
+    return [Extension(name, sources=files, depends=depends, optional=True) for name, files in sources.items()]
 
-setup(
-    packages=find_packages(include=["fastmerge", "fastmerge.*"]),
-    ext_modules=modules,
-    cmdclass={"build_ext": BuildKernels},
-)
+
+if __name__ == "__main__":
+    setup(
+        packages=find_packages(include=["fastmerge", "fastmerge.*"]),
+        ext_modules=modules(),
+        cmdclass={"build_ext": BuildKernels},
+    )

@@ -82,7 +82,9 @@ def cpp_problems(csrc: Path) -> list[str]:
             quote, header = match.groups()
             where = f"{path.relative_to(csrc.parent)}:{path.read_text()[: match.start(2)].count(chr(10)) + 1}"
             if CUDA_HEADER.search(header) and path.relative_to(csrc).as_posix() != CUDA_ALONE:
-                found.append(f"{where}: includes {header}: only csrc/{CUDA_ALONE} may know CUDA, which the tests emulate")
+                found.append(
+                    f"{where}: includes {header}: only csrc/{CUDA_ALONE} may know CUDA, which the tests emulate"
+                )
             elif FOREIGN_HEADER.search(header) and floor != "bindings":
                 found.append(f"{where}: includes {header}: only csrc/bindings may know Python or Torch")
             elif quote == '"' and floor in known:
