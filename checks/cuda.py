@@ -1,9 +1,9 @@
 """Every kernel in CUDA C++ compiles for every GPU that is promised, without a warning, to code that keeps the rules.
 
 Needs nvcc and no GPU. What is looked at is what the build left beside the objects: the account of each kernel on each
-target that ptxas gave (registers, shared memory, stack, spills). Where there is none, or the sources are newer, it is made first. The
-PTX of one target is read for operations that give other bits than the reference's: approximate or fused ones, denormals
-flushed to zero, floats that are added atomically.
+target that ptxas gave (registers, shared memory, stack, spills). Where there is none, or the sources are newer, it is
+made first. The PTX of one target is read for operations that give other bits than the reference's: approximate or fused
+ones, denormals flushed to zero, floats that are added atomically.
 
 ``--write`` puts the table into docs/kernels.md.
 """
