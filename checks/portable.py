@@ -56,7 +56,7 @@ def build(folder: Path, *, arm64: bool = False, root: Path = ROOT) -> Path:
         ]
     cmake = tool("cmake")
     for command in (
-        [cmake, "-S", str(root), "-B", str(folder), "-G", "Ninja", *options],
+        [cmake, "-S", str(root), "-B", str(folder), "-G", "Ninja", "-DFASTMERGE_CUDA=OFF", *options],
         [cmake, "--build", str(folder), "--target", TARGET],
     ):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
