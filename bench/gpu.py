@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -296,6 +297,159 @@ def kth_peers(bench: Bench, x: torch.Tensor, k: int, ours: float) -> Row:
     return result
 
 
+def masks(bench: Bench) -> Iterator[Row]:
+    """Masks of exactly k elements, from the values to the mask."""
+    for kind in ("normal", *HARD):
+        x = values(kind, BF16, bench.size(28), device=bench.device)
+        host = x.cpu()
+        expected = on_host(lambda by, host=host: ops.topk_mask(host, DENSITY, backend=by))
+        passes = 1 + measuring.KTH.get(bench.backend, 1)
+        yield bench.row(
+            "topk_mask",
+            kind,
+            lambda x=x: ops.topk_mask(x, DENSITY, backend=bench.backend),
+            elements=x.numel(),
+            passes=passes,
+            moves=passes * x.nbytes + x.numel(),
+            limit="read",
+            bar=None,
+            check=same(expected),
+        )
+        release()
+
+
+# -- many tensors ----------------------------------------------------------------------------------------------------
+
+
+def many(bench: Bench) -> Iterator[Row]:
+    """10,000 tensors of 4 K elements within 1.5 times the time of one tensor with as many elements."""
+    models = bench.models[0]
+    count, each = (10_000, 4096) if bench.elements is None else (7, bench.elements)
+    base, tuned = family("normal", BF16, count * each, models, bench.device)
+    out = torch.zeros_like(base)
+    weights = [WEIGHTS[i % len(WEIGHTS)] for i in range(models)]
+    parts = [list(x.view(count, each)) for x in (base, *tuned)]
+    outs = list(out.view(count, each))
+    host = [list(x.cpu().view(count, each)) for x in (base, *tuned)]
+    for method, arguments in CONSENSUS.items():
+
+        def merge(arguments: Any = arguments) -> torch.Tensor:
+            ops.consensus_merge_many(parts[0], parts[1:], weights, out=outs, backend=bench.backend, **arguments)
+            return out
+
+        def together(arguments: Any = arguments) -> torch.Tensor:
+            return ops.consensus_merge(base, tuned, weights, out=out, backend=bench.backend, **arguments)
+
+        expected = on_host(
+            lambda by, arguments=arguments: torch.stack(
+                ops.consensus_merge_many(host[0], host[1:], weights, backend=by, **arguments)
+            ).view(-1)
+        )
+        passes = 1 + (measuring.OF_DELTAS.get(bench.backend, 1) if method == "ties" else 0)
+        moves = passes * (models + 1) * base.nbytes + out.nbytes
+        row = bench.row(
+            "consensus_merge_many",
+            f"{method}, {count} x {each}, {models} models",
+            merge,
+            elements=base.numel(),
+            passes=passes,
+            moves=moves,
+            limit="copy",
+            bar=None,
+            check=same(expected),
+            out=out,
+        )
+        if row["problem"] is None:
+            alone = statistics.median(bench.timed(together))
+            times = row["seconds"] / alone
+            row["one_tensor"] = {"seconds": alone, "times": times, "most": 1.5, "bar_met": times <= 1.5}
+        yield row
+
+
+LLAMA_2_7B = (32, 4096, 11008, 32000)
+"""Layers, width, width within a layer, words."""
+
+
+def shapes(layers: int, width: int, inner: int, words: int) -> list[tuple[int, ...]]:
+    """The tensors of a model like Llama 2."""
+    layer = [(width, width)] * 4 + [(inner, width)] * 2 + [(width, inner), (width,), (width,)]
+    return [(words, width), *layer * layers, (width,), (words, width)]
+
+
+def llama(bench: Bench) -> Iterator[Row]:
+    """Eight fine-tuned models and their base, all on the GPU: does it fit, and how close to a copy's time is it?
+
+    Thresholds are each tensor's own. A small tensor and a matrix are checked on the CPU. PCB-Merging takes the models
+    as task vectors, one tensor after the other, which is what its scope `tensor` does.
+    """
+    size = LLAMA_2_7B if bench.elements is None else (1, 32, 48, 64)
+    wanted = shapes(*size)
+    models = 8 if bench.elements is None else bench.models[-1]
+    total = sum(math.prod(shape) for shape in wanted)
+    need = (models + 2) * 2 * total
+    if bench.device == "cuda" and torch.cuda.mem_get_info()[0] < need * 1.01:
+        models = int(torch.cuda.mem_get_info()[0] / (2 * total) - 2.2)
+        if models < 2:
+            return
+    base = [values("normal", BF16, math.prod(shape), 1, bench.device).mul_(0.02) for shape in wanted]
+    tuned = [[near(x, seed) for x in base] for seed in range(2, models + 2)]
+    out = [torch.empty_like(x) for x in base]
+    weights = [WEIGHTS[i % len(WEIGHTS)] for i in range(models)]
+    sampled = sorted(range(len(wanted)), key=lambda t: (math.prod(wanted[t]), t))
+    sampled = [sampled[0], sampled[len(sampled) // 2]]
+
+    def ties() -> list[torch.Tensor]:
+        return ops.consensus_merge_many(base, tuned, weights, out=out, backend=bench.backend, **measuring.TIES)
+
+    def competing() -> list[torch.Tensor]:
+        for t, target in enumerate(out):
+            rows = [model[t] for model in tuned]
+            ops.pcb_merge(rows, density=PCB_DENSITY, variant="vision_es", out=target, backend=bench.backend)
+        return out
+
+    def one(t: int, name: str, by: str) -> torch.Tensor:
+        first, rest = base[t].cpu(), [model[t].cpu() for model in tuned]
+        if name == "ties":
+            merged: torch.Tensor = ops.consensus_merge(first, rest, weights, backend=by, **measuring.TIES)
+        else:
+            merged = ops.pcb_merge(rest, density=PCB_DENSITY, variant="vision_es", backend=by)
+        return merged
+
+    for name, run, before in (
+        ("ties", ties, measuring.OF_DELTAS.get(bench.backend, 1)),
+        ("pcb", competing, measuring.PCB.get(bench.backend, 3)),
+    ):
+        expected = {t: on_host(lambda by, t=t, name=name: one(t, name, by)) for t in sampled}
+
+        def check(result: list[torch.Tensor], expected: dict[int, torch.Tensor] = expected) -> str | None:
+            return next((why for t, x in expected.items() if (why := measuring.difference(result[t], x))), None)
+
+        passes = 1 + before
+        row = bench.row(
+            "llama-2-7b",
+            f"{name}, {models} models" + (" and their base" if name == "ties" else ""),
+            run,
+            elements=total,
+            passes=passes,
+            moves=(passes * (models + (name == "ties")) + 1) * 2 * total,
+            limit="copy",
+            bar=None,
+            check=check,
+        )
+        if row["problem"] is None:
+            once = (models + 2) * 2 * total / bench.limits["copy"]
+            row |= {"inputs_bytes": (models + 1) * 2 * total, "seconds_of_one_pass_at_the_limit": once}
+        yield row
+    for held in (base, out, *tuned):
+        held.clear()
+    release()
+
+
+def near(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """A fine-tuned tensor."""
+    return values("normal", BF16, x.numel(), seed, x.device.type).mul_(1e-3).add_(x)
+
+
 # -- PCB-Merging -----------------------------------------------------------------------------------------------------
 
 
@@ -528,7 +682,17 @@ def finished(bench: Bench, row: Row, problem: str | None, seconds: list[float]) 
 # -- all of it -------------------------------------------------------------------------------------------------------
 
 
-PARTS = {"consensus": consensus, "histogram": histogram, "kth": kth, "pcb": pcb, "whole": whole, "hard": hard}
+PARTS = {
+    "consensus": consensus,
+    "histogram": histogram,
+    "masks": masks,
+    "kth": kth,
+    "many": many,
+    "pcb": pcb,
+    "whole": whole,
+    "hard": hard,
+    "llama": llama,
+}
 
 
 def render(row: Row) -> str:
@@ -544,6 +708,9 @@ def render(row: Row) -> str:
             text += f"; {peer['times']:.1f} x {name}{verdict(peer)}"
         elif peer is not None:
             text += f"; {name}: {peer}"
+    if isinstance(alone := row.get("one_tensor"), dict):
+        met = "ok" if alone["bar_met"] else "MISSED"
+        text += f"; {alone['times']:.2f} x one tensor (<= {alone['most']}: {met})"
     if row.get("extra_memory") is not None:
         met = "ok" if row["extra_memory_bar_met"] else "MISSED"
         text += f"; extra memory {row['extra_memory']:.3f} (<= {row['extra_memory_bar']}: {met})"
@@ -567,7 +734,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--backend", default=None, help="by default triton where it works, else cpu")
+    parser.add_argument("--backend", default=None, help="by default cuda or triton where one works, else cpu")
     parser.add_argument("--elements", type=int, default=None, help="of every tensor, for a dry run")
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--models", type=int, nargs="+", default=[3, 8], help="the first is used for hard inputs")
@@ -586,8 +753,8 @@ def main(given: list[str] | None = None) -> int:
             "gpu.py: this torch sees no GPU; a dry run takes --device cpu --elements 4096 --repeat 1", file=sys.stderr
         )
         return 2
-    works = backends.reason("triton") is None
-    backend = options.backend or ("triton" if works else "cpu")
+    working = [name for name in ("cuda", "triton") if backends.reason(name) is None]
+    backend = options.backend or (working[0] if working else "cpu")
     began = time.perf_counter()
     bench = Bench(options.device, backend, options.elements, options.repeat, tuple(options.models), options.folder)
     limits(bench)
