@@ -7,6 +7,7 @@ and a backend that is missing or broken never breaks `import fastmerge`.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import os
 from types import ModuleType
@@ -14,6 +15,7 @@ from types import ModuleType
 import torch
 
 from ..errors import BackendError
+from . import preferences
 
 ENVIRONMENT_VARIABLE = "FASTMERGE_BACKEND"
 
@@ -90,7 +92,7 @@ def resolve(name: str | None = None, device: torch.device | str | None = None) -
             if kind in _DEVICES[candidate]:
                 found = _loaded.get(candidate) or _load(candidate)
                 if not isinstance(found, str):
-                    return found
+                    return found if kind == "cpu" else _preferred(found)
                 if candidate in _misconfigured:
                     raise BackendError(found)
         raise BackendError(f"no backend works on device {kind!r}; move the tensors to the CPU with .cpu()")
@@ -104,6 +106,24 @@ def resolve(name: str | None = None, device: torch.device | str | None = None) -
             f"{source}={name!r} does not work on device {kind!r}; move the tensors to {' or '.join(allowed)} first"
         )
     return found
+
+
+def _preferred(first: ModuleType) -> ModuleType:
+    """The first backend for a GPU, or a mixture of several where measurements of this kind of GPU say so."""
+    faster = preferences.FASTER.get(_capability(), {}) if preferences.FASTER else {}
+    wanted = {name for name in faster.values() if name != name_of(first)}
+    others = {name: found for name in wanted if not isinstance(found := _load(name), str)}
+    # To all who use it, it is a module.
+    return preferences.Preferring(first, others, faster) if others else first  # type: ignore[return-value]
+
+
+@functools.cache
+def _capability() -> str:
+    """The compute capability of the current GPU, as in "9.0"; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}"
 
 
 def name_of(module: ModuleType) -> str:

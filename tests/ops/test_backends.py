@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -88,3 +90,20 @@ def test_triton_is_for_gpus_unless_it_is_named_and_interpreted() -> None:
         assert backends.name_of(backends.resolve("auto", "cuda")) == "triton"
         assert backends.name_of(backends.resolve("triton", "cuda:1")) == "triton"
     assert backends.name_of(backends.resolve("auto", "cpu")) != "triton"
+
+
+def test_measurements_choose_between_backends_function_by_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = ModuleType("fastmerge.backends.cuda"), ModuleType("fastmerge.backends.triton")
+    first.tie_counts, first.topk_mask = "cuda's", "cuda's"  # type: ignore[attr-defined]
+    second.tie_counts, second.topk_mask = "triton's", "triton's"  # type: ignore[attr-defined]
+    monkeypatch.setattr(backends, "_loaded", {"cuda": first, "triton": second})
+    monkeypatch.setattr(backends, "_capability", lambda: "9.0")
+    assert backends.resolve("auto", "cuda") is first
+    measured = {"9.0": {"topk_mask": "triton", "tie_counts": "cuda"}, "8.0": {"tie_counts": "triton"}}
+    monkeypatch.setattr(backends.preferences, "FASTER", measured)
+    mixed = backends.resolve("auto", "cuda")
+    assert (mixed.tie_counts, mixed.topk_mask) == ("cuda's", "triton's")
+    assert backends.name_of(mixed) == "cuda"
+    assert backends.resolve("cuda", "cuda") is first
+    monkeypatch.setitem(backends._loaded, "triton", "no compiler")
+    assert backends.resolve("auto", "cuda") is first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
@@ -13,11 +14,7 @@ VARIABLE = "FASTMERGE_CUDA_EMULATED"
 EMULATED = os.environ.get(VARIABLE) == "1"
 """Whether kernels run in the emulator."""
 
-compiled: Any
-if EMULATED:
-    from ... import _cuda_emulated as compiled
-else:
-    from ... import _cuda as compiled
+compiled: Any = importlib.import_module("fastmerge._cuda_emulated" if EMULATED else "fastmerge._cuda")
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes as kernels name them."""
