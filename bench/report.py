@@ -1,0 +1,225 @@
+"""What was measured on GPUs, as tables, as a picture, and as what "auto" prefers; from the raw JSON of bench/gpu.py.
+
+    python bench/report.py                             # the tables, of everything under bench/results
+    python bench/report.py --write                     # into README.md, docs/benchmarks.md and backends/preferences.py
+    python bench/report.py --plot roofline.png RESULTS.json ...
+
+A file is one backend's run on one machine. A row whose check was red has no figure and is told as such. Where CUDA and
+Triton were measured on the same kind of GPU, the faster is preferred for each function that the two runs compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+PREFERENCES = ROOT / "fastmerge" / "backends" / "preferences.py"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
+NOTHING = "No GPU has run these kernels yet: `bench/gpu_check.sh` is ready for one, and its figures will stand here."
+
+FUNCTIONS = {
+    "abs_histogram": ("abs_histogram",),
+    "kth_magnitude": ("kth_magnitude",),
+    "topk_mask": ("topk_mask", "tie_counts"),
+    "consensus_apply": ("consensus_apply",),
+    "consensus_merge": ("magnitude_bounds",),
+    "consensus_merge_many": ("magnitude_bounds_many", "consensus_apply_many"),
+    "pcb_merge": ("pcb_apply", "pcb_scores", "pcb_score_bounds", "pcb_window_", "pcb_histogram"),
+}
+"""Functions of a backend whose speed a benchmark tells, where the others are not compared alone."""
+
+NEEDED = {"environment", "backend", "limits_bytes_per_s", "rows"}
+Report = dict[str, Any]
+
+
+class ReportError(Exception):
+    """A file that is not what bench/gpu.py writes; the message says which and why."""
+
+
+def read(path: Path) -> Report:
+    """One run.
+
+    Raises:
+        ReportError: the file is not JSON, or lacks what a run has.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path}: {error}") from error
+    if not isinstance(report, dict) or not NEEDED.issubset(report):
+        raise ReportError(f"{path}: not a report of bench/gpu.py; make it with --json")
+    for row in report["rows"]:
+        if not {"benchmark", "case", "problem"} <= set(row):
+            raise ReportError(f"{path}: a row lacks its benchmark, its case, or whether it was right")
+        if row["problem"] is not None and "seconds" in row:
+            raise ReportError(f"{path}: {row['benchmark']}, {row['case']}: was wrong, and has a figure nevertheless")
+    return report
+
+
+def found(folder: Path = RESULTS) -> list[Path]:
+    """The reports that were kept; what lies under `local` is of the moment."""
+    return sorted(path for path in folder.glob("*/*.json") if path.parent.name != "local" and _is_report(path))
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return NEEDED.issubset(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return False
+
+
+def gpu_of(report: Report) -> str:
+    """The GPU's name."""
+    return str(report["environment"].get("gpu", "no GPU"))
+
+
+def rows_of(reports: Iterable[Report]) -> dict[tuple[str, str], dict[str, Report]]:
+    """(benchmark, case) -> backend -> row; of several runs of a backend the last."""
+    result: dict[tuple[str, str], dict[str, Report]] = {}
+    for report in reports:
+        for row in report["rows"]:
+            result.setdefault((row["benchmark"], row["case"]), {})[report["backend"]] = row
+    return result
+
+
+def _cell(row: Report | None) -> str:
+    if row is None:
+        return ""
+    if row["problem"] is not None:
+        return "wrong"
+    text = f"{row['gb_per_s']:,.0f} GB/s, {row['fraction']:.2f}"
+    if row.get("bar") is not None:
+        text += f" (bar {row['bar']:g}: {'met' if row['bar_met'] else 'missed'})"
+    for name in ("torch_topk", "torch_sort", "eager"):
+        if isinstance(peer := row.get(name), dict):
+            text += f"; {peer['times']:.0f} x {name.replace('_', '.')}"
+    if isinstance(alone := row.get("one_tensor"), dict):
+        text += f"; {alone['times']:.2f} x one tensor"
+    return text
+
+
+def table(reports: list[Report]) -> str:
+    """Everything that was measured, by GPU: GB/s and the fraction of the limit that was measured in the same run."""
+    if not reports:
+        return NOTHING
+    parts = []
+    for gpu in dict.fromkeys(map(gpu_of, reports)):
+        those = [report for report in reports if gpu_of(report) == gpu]
+        names = list(dict.fromkeys(report["backend"] for report in those))
+        limits = those[-1]["limits_bytes_per_s"]
+        told = ", ".join(f"{name.replace('_', ' ')} {rate / 1e9:,.0f} GB/s" for name, rate in limits.items())
+        parts.append(f"**{gpu}** ({told})\n")
+        parts.append(f"| benchmark | case | {' | '.join(names)} |")
+        parts.append("|---|---|" + "---|" * len(names))
+        for (benchmark, case), by in rows_of(those).items():
+            parts.append(f"| {benchmark} | {case} | {' | '.join(_cell(by.get(name)) for name in names)} |")
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
+def faster(reports: list[Report]) -> dict[str, dict[str, str]]:
+    """Compute capability -> function -> the backend whose benchmarks of it took less time, geometric mean of cases."""
+    result: dict[str, dict[str, str]] = {}
+    for capability in dict.fromkeys(report["environment"].get("gpu_capability", "") for report in reports):
+        those = [report for report in reports if report["environment"].get("gpu_capability", "") == capability]
+        ratios: dict[str, list[float]] = {}
+        for (benchmark, _), by in rows_of(those).items():
+            rows = [by.get(name) for name in ("cuda", "triton")]
+            if all(row is not None and row["problem"] is None for row in rows):
+                for function in FUNCTIONS.get(benchmark, ()):
+                    ratios.setdefault(function, []).append(rows[1]["seconds"] / rows[0]["seconds"])  # type: ignore[index]
+        chosen = {name: "cuda" if _product(each) >= 1.0 else "triton" for name, each in sorted(ratios.items())}
+        if capability and chosen:
+            result[capability] = chosen
+    return result
+
+
+def _product(numbers: list[float]) -> float:
+    result = 1.0
+    for number in numbers:
+        result *= number
+    return result
+
+
+def put(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Write between the marks of a page."""
+    old = page.read_text(encoding="utf-8")
+    before, mark, rest = old.partition(begin)
+    if mark:
+        page.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
+def prefer(chosen: dict[str, dict[str, str]], path: Path = PREFERENCES) -> None:
+    """Write what "auto" goes by."""
+    lines = ["FASTER: dict[str, dict[str, str]] = {"]
+    for capability, functions in sorted(chosen.items()):
+        lines.append(f'    "{capability}": {{')
+        lines += [f'        "{function}": "{name}",' for function, name in functions.items()]
+        lines.append("    },")
+    lines.append("}")
+    text = "\n".join(lines) if chosen else "FASTER: dict[str, dict[str, str]] = {}"
+    old = path.read_text(encoding="utf-8")
+    start = old.index("FASTER: ")
+    stop = old.index('\n"""', start)
+    path.write_text(old[:start] + text + old[stop:], encoding="utf-8")
+
+
+def plot(reports: list[Report], path: Path) -> None:
+    """Each row's bytes per second below the limit that it is held against, one panel for each GPU and backend."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(len(reports), 1, figsize=(9, 0.8 + 3.4 * len(reports)), squeeze=False)
+    for panel, report in zip(panels[:, 0], reports):
+        rows = [row for row in report["rows"] if row["problem"] is None and row.get("bytes")]
+        for limit, rate in report["limits_bytes_per_s"].items():
+            if any(row["limit"] == limit for row in rows):
+                panel.axhline(rate / 1e9, linestyle="--", linewidth=0.8, color="grey")
+                panel.text(0, rate / 1e9, limit.replace("_", " "), va="bottom", fontsize=7, color="grey")
+        labels = [f"{row['benchmark']}\n{row['case']}" for row in rows]
+        panel.bar(range(len(rows)), [row["gb_per_s"] for row in rows], color="tab:blue", width=0.7)
+        panel.set_xticks(range(len(rows)), labels, rotation=60, ha="right", fontsize=5)
+        panel.set_yscale("log")
+        panel.set_ylabel("GB/s")
+        panel.set_title(f"{gpu_of(report)}, backend {report['backend']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main(given: list[str] | None = None) -> int:
+    """Print the tables; write what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="*", type=Path, help="by default all under bench/results")
+    parser.add_argument("--write", action="store_true", help="into the pages, and what auto prefers")
+    parser.add_argument("--plot", type=Path, help="a picture to write")
+    options = parser.parse_args(given)
+    try:
+        reports = [read(path) for path in options.files or found()]
+    except ReportError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(table(reports))
+    if options.write:
+        for page in PAGES:
+            put(page, table(reports))
+        prefer(faster(reports))
+    if options.plot:
+        if not reports:
+            print("there is nothing to draw", file=sys.stderr)
+            return 1
+        plot(reports, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
