@@ -1,5 +1,6 @@
-// The module fastmerge._cuda: pointers of a GPU's memory, sizes and a stream in, nothing out but numbers. Compiled by any
-// compiler with the emulator in the place of CUDA it is fastmerge._cuda_emulated, whose pointers are those of the CPU.
+// The module fastmerge._cuda: pointers of a GPU's memory, sizes and a stream in, nothing out but numbers. Compiled by
+// any compiler with the emulator in the place of CUDA it is fastmerge._cuda_emulated, whose pointers are those of the
+// CPU.
 #include "bindings/cuda/arguments.h"
 
 #ifndef FASTMERGE_CUDA_MODULE
@@ -16,6 +17,7 @@ PYBIND11_MODULE(FASTMERGE_CUDA_MODULE, m) {
     m.attr("MOST_MODELS") = cuda::kMostModels;
     m.attr("ARCHITECTURES") = FASTMERGE_CUDA_ARCHITECTURES;
     m.def("check_usable", &cuda::check_usable, "Why kernels cannot run here; an empty sentence where they can.");
+    m.def("launches", &cuda::launches, "How many kernels were launched so far.");
     m.def("shared_limit", &cuda::shared_limit, "Bytes of shared memory that a block may have on the current device.");
     fastmerge::bindings::bind_select(m);
     fastmerge::bindings::bind_sparsify(m);

@@ -20,6 +20,7 @@ const char* error_text(int error);
 std::string check_usable();  // why kernels cannot run here, or nothing
 int use_device(int device);
 int64_t shared_limit();  // bytes of shared memory that a block may have
+int64_t launches();      // how many kernels were launched so far
 int64_t processors();    // of the current device
 
 // sparsify

@@ -1,12 +1,21 @@
-// What kernels may use of a GPU, under one set of names: by nvcc it is CUDA, by any other compiler an emulator on the CPU
-// (emulated.h), in which the tests run the same kernels where there is no GPU.
+// What kernels may use of a GPU, under one set of names: by nvcc it is CUDA, by any other compiler an emulator on the
+// CPU (emulated.h), in which the tests run the same kernels where there is no GPU.
 //
-// A kernel is launched in blocks of threads along one dimension. It has one piece of shared memory, whose type it names.
-// Warps are whole: the operations of a warp are called by all of its 32 threads together, those of a block by all
-// threads of it. What is added to memory that other threads add to is integers: their sums have no order.
+// A kernel is launched in blocks of threads along one dimension. It has one piece of shared memory, whose type it
+// names. Warps are whole: the operations of a warp are called by all of its 32 threads together, those of a block by
+// all threads of it. What is added to memory that other threads add to is integers: their sums have no order.
 #pragma once
 
 #include "fastmerge/platform.h"
+
+FM_NAMESPACE_BEGIN
+namespace cuda {
+
+// For tests, which want to know that it was a kernel that made a result.
+void count_launch();
+
+}  // namespace cuda
+FM_NAMESPACE_END
 
 #if defined(__CUDACC__)
 
@@ -88,6 +97,7 @@ FM_DEVICE T& shared() {
 template <class... P, class... A>
 int launch(void (*kernel)(P...), int64_t grid, int threads, size_t shared, void* stream, A&&... arguments) {
     if (grid == 0) return 0;
+    count_launch();
     if (shared > (48u << 10)) {
         cudaError_t refused =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));

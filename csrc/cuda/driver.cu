@@ -2,8 +2,16 @@
 #include "cuda/api.h"
 #include "cuda/device.h"
 
+#include <atomic>
+
 FM_NAMESPACE_BEGIN
 namespace cuda {
+
+static std::atomic<int64_t> launched{0};
+
+void count_launch() { ++launched; }
+
+int64_t launches() { return launched; }
 
 #if defined(__CUDACC__)
 

@@ -1,5 +1,5 @@
-// Tiles: a thread has eight elements that follow each other, a block has as many threads as that makes a tile. Loads and
-// stores are 16 bytes wide wherever the data begins; the last elements of a tensor are taken one by one.
+// Tiles: a thread has eight elements that follow each other, a block has as many threads as that makes a tile. Loads
+// and stores are 16 bytes wide wherever the data begins; the last elements of a tensor are taken one by one.
 #pragma once
 
 #include "cuda/device.h"
@@ -10,14 +10,15 @@ FM_NAMESPACE_BEGIN
 namespace cuda {
 
 constexpr int kThreads = 256;
-constexpr int kEach = 8;                   // elements of a thread
-constexpr int kTile = kThreads * kEach;    // elements of a block at a time
+constexpr int kEach = 8;                 // elements of a thread
+constexpr int kTile = kThreads * kEach;  // elements of a block at a time
 constexpr int kWarps = kThreads / 32;
 constexpr int kTilesPerTieBlock = static_cast<int>(kTieBlock / kTile);
 
 FM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// --- loads ------------------------------------------------------------------------------------------------------------
+// --- loads
+// ------------------------------------------------------------------------------------------------------------
 
 // Sixteen bytes that begin at byte `shift` (1 to 15) of the first of two words of 16 bytes.
 FM_INLINE void shifted16(const uint32_t* first, const uint32_t* second, uint32_t shift, uint32_t* out) {
@@ -115,7 +116,8 @@ FM_DEVICE void delta8(Array x, bool subtract, int32_t compute, int64_t at, int64
     round8(compute, out);
 }
 
-// --- stores -----------------------------------------------------------------------------------------------------------
+// --- stores
+// -----------------------------------------------------------------------------------------------------------
 
 FM_INLINE uint32_t rounded_bits(int32_t dtype, float value) {
     if (dtype == kFloat32) return bit_cast<uint32_t>(canonical(value));
@@ -152,7 +154,8 @@ FM_DEVICE void store8(void* data, int32_t dtype, int64_t at, int64_t end, const 
     }
 }
 
-// --- a block together -------------------------------------------------------------------------------------------------
+// --- a block together
+// -------------------------------------------------------------------------------------------------
 
 // What the threads before this one have together, and what all have, over a block of kThreads. Called by all of them.
 // `partial` is shared memory for kWarps + 1 numbers, not to be used for anything else before the next barrier.

@@ -1,14 +1,22 @@
-"""Every test here skips, with the reason, where its kernels cannot run."""
+"""Every test here runs by each backend for GPUs, and skips, with the reason, where its kernels cannot run."""
 
 from __future__ import annotations
 
 import pytest
 
+from fastmerge import backends
 from tests.gpu import support
 
 
+@pytest.fixture(autouse=True, params=support.BACKENDS, ids=lambda name: f"by_{name}")
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend that the tests name, and that merges take by themselves."""
+    monkeypatch.setattr(support, "BACKEND", request.param)
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, request.param)
+
+
 @pytest.fixture(autouse=True)
-def _usable(request: pytest.FixtureRequest) -> None:
+def _usable(request: pytest.FixtureRequest, _backend: None) -> None:
     """Looks at the mark `gpu`, and at the parameter `device` of the tests that have one."""
     if request.node.get_closest_marker("gpu") is not None and not support.HERE:
         pytest.skip("no CUDA GPU: torch.cuda.is_available() is False")

@@ -1,7 +1,8 @@
 """What the tests on a GPU share: tensors moved there as they lie, captured graphs, and kernels that nobody waits for.
 
-Each test has two variants. "cuda" needs a GPU and is marked `gpu`; "interpreter" runs the same body on CPU tensors in
-Triton's interpreter, where there is no GPU, so that the bodies are known to work before they meet one.
+Each test has two variants for each backend. "cuda" needs a GPU and is marked `gpu`; "interpreter" runs the same body on
+CPU tensors in Triton's interpreter, or in the emulator of the CUDA kernels, where there is no GPU, so that the bodies
+are known to work before they meet one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from torch import Tensor
 from fastmerge import backends
 from tests.numeric import assert_bitwise_equal
 
-BACKEND = "triton"
+BACKENDS = ("cuda", "triton")
+BACKEND = BACKENDS[0]
+"""Set for each test (conftest.py)."""
+
 HERE = torch.cuda.is_available()
 EXAMPLES = int(os.environ.get("FASTMERGE_GPU_EXAMPLES", 100 if HERE else 3))
 """Of each op. The interpreter takes milliseconds for each tile, and a GPU a second to compile a kernel."""
@@ -86,15 +90,23 @@ def same(actual: Any, expected: Any) -> None:
 
 @contextmanager
 def by_kernels() -> Iterator[None]:
-    """Fails unless a kernel in Triton is launched."""
-    if BACKEND != "triton":
-        yield
-        return
-    from fastmerge.backends.triton.launch import launched
-
-    before = sum(launched.values())
+    """Fails unless a kernel of the backend is launched."""
+    before = launches()
     yield
-    assert sum(launched.values()) > before, "no kernel was launched"
+    assert launches() > before, "no kernel was launched"
+
+
+def launches() -> int:
+    """How many kernels the backend has launched so far."""
+    if BACKEND == "triton":
+        from fastmerge.backends.triton.launch import launched
+
+        return sum(launched.values())
+    if BACKEND == "cuda":
+        from fastmerge.backends.cuda.launch import compiled
+
+        return int(compiled.launches())
+    return 0
 
 
 @contextmanager
