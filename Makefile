@@ -34,7 +34,7 @@ lint: $(VENV)/.dev  ## ruff and clang-format
 	@status=0; \
 	$(BIN)/ruff check . || status=1; \
 	$(BIN)/ruff format --check . || status=1; \
-	find csrc -name '*.h' -o -name '*.cpp' | xargs --no-run-if-empty $(BIN)/clang-format --dry-run --Werror || status=1; \
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs --no-run-if-empty $(BIN)/clang-format --dry-run --Werror || status=1; \
 	exit $$status
 
 types: $(VENV)/.dev $(VENV)/.built  ## mypy
@@ -54,7 +54,7 @@ bench: $(VENV)/.dev $(VENV)/.built  ## the benchmarks of the ops
 format: $(VENV)/.dev  ## lay out all sources as `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs --no-run-if-empty $(BIN)/clang-format -i
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs --no-run-if-empty $(BIN)/clang-format -i
 
 clean:  ## remove everything that make made
 	rm -rf $(VENV) build dist *.egg-info demo/models demo/models.partial demo/merged bench/data

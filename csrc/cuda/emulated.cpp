@@ -1,4 +1,4 @@
-#include "cuda/emulated.h"
+#include "cuda/device.h"
 
 #include <stdio.h>
 #include <stdlib.h>
