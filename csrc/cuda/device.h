@@ -1,9 +1,9 @@
-// What kernels may use of a GPU, under one set of names: by nvcc it is CUDA, by any other compiler an emulator on the
-// CPU (emulated.h), in which the tests run the same kernels where there is no GPU.
+// What kernels may use of a GPU, under one set of names: by nvcc it is CUDA, by any other compiler an emulator on the CPU
+// (emulated.h), in which the tests run the same kernels where there is no GPU.
 //
-// A kernel is launched in blocks of threads along one dimension. It has one piece of shared memory, whose type it
-// names. Warps are whole: the operations of a warp are called by all of its 32 threads together, those of a block by
-// all threads of it. What is added to memory that other threads add to is integers: their sums have no order.
+// A kernel is launched in blocks of threads along one dimension. It has one piece of shared memory, whose type it names.
+// Warps are whole: the operations of a warp are called by all of its 32 threads together, those of a block by all
+// threads of it. What is added to memory that other threads add to is integers: their sums have no order.
 #pragma once
 
 #include "fastmerge/platform.h"

@@ -1,8 +1,8 @@
 // A GPU's blocks, warps and threads on one thread of the CPU: what device.h names, for any C++ compiler.
 //
 // Every thread of a block is a fiber. It runs until it waits for its warp or its block, and goes on when all the others
-// wait for the same; if some wait for something else, or have ended, the kernel would hang or be undefined on a GPU,
-// and the emulator says so and aborts. Blocks run one after the other. Shared memory begins as rubbish in every block.
+// wait for the same; if some wait for something else, or have ended, the kernel would hang or be undefined on a GPU, and
+// the emulator says so and aborts. Blocks run one after the other. Shared memory begins as rubbish in every block.
 // FASTMERGE_EMULATED_ORDER=reverse runs blocks and threads from the last to the first: a race shows as another result.
 #pragma once
 

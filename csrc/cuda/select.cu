@@ -15,7 +15,6 @@ namespace cuda {
 namespace {
 
 constexpr int kWide = 1024;                  // threads of a block that has most of a processor's shared memory
-constexpr int kSmallThreads = 512;           // of a block that takes a whole tensor
 constexpr uint32_t kNoKey = 0xffffffffu;     // past the end of a tensor
 constexpr uint32_t kNeverKey = 0xfffffffeu;  // of no element
 constexpr int kRowBits = 11;                 // a row of counts in a descent
@@ -487,63 +486,57 @@ sum_ties_kernel(FM_LARGE Work work, const int64_t* bounds, const int32_t* found,
 struct Small {
     Scratch scratch;
     uint32_t bins[1 << kRowBits];
-    uint32_t totals[2];
+    int64_t prefix[2], rank[2], equal[2];  // of each rank, as the digits are found
 };
 
-FM_KERNEL(kSmallThreads) bounds_of_small_kernel(FM_LARGE Work work, int64_t* bounds, int64_t* ties_before) {
+// A block for each model of each tensor, which has no more elements than a tie block: no ties come before it.
+template <bool kRaw>
+FM_KERNEL(kWide)
+bounds_of_small_kernel(FM_LARGE Work work, int64_t* bounds, int64_t* ties_before) {
     int32_t n = work.models.count, model = static_cast<int32_t>(block() % n);
     Tensor tensor = tensor_at(work, block() / n);
     Source source = source_of(work, tensor, model);
     Small& small = shared<Small>();
-    int64_t rank[2], prefix[2] = {0, 0}, equal[2] = {0, 0};
-    bool wanted[2];
-    for (int which = 0; which < 2; ++which) {
-        rank[which] = number_of(work, tensor, 2 * model + which);
-        wanted[which] = to_be_found(work, tensor, model, which);
+    bool first = to_be_found(work, tensor, model, 0), second = to_be_found(work, tensor, model, 1);
+    bool narrow = work.kind != kFloat32;
+    if (thread() < 2) {
+        small.prefix[thread()] = 0;
+        small.rank[thread()] = number_of(work, tensor, 2 * model + thread());
     }
-    bool any = wanted[0] || wanted[1], narrow = work.kind != kFloat32;
-    for (int place = 0; place < (narrow ? 2 : 3) && any; ++place) {
-        Digit digit = {narrow ? 8 - 8 * place : 20 - 10 * place,
-                       narrow ? (place == 0 ? 7 : 8) : (place == 0 ? 11 : 10)};
+    for (int place = 0; place < (narrow ? 2 : 3) && (first || second); ++place) {
+        // Of the leading digit both ranks have the same counts.
+        bool leading = place == 0;
+        Digit digit = {narrow ? 8 - 8 * place : 20 - 10 * place, (narrow ? 7 : 10) + (narrow != leading ? 1 : 0)};
         uint32_t size = 1u << digit.width;
-        Bins of[2] = {{small.bins, nullptr, 0, size}, {small.bins + (place == 0 ? 0u : size), nullptr, 0, size}};
+        Bins of_first = {small.bins, nullptr, 0, size}, of_second = {small.bins + size, nullptr, 0, size};
+        clear(small.bins, 1 << kRowBits, kWide);
         sync();
-        clear(small.bins, 1 << kRowBits, kSmallThreads);
-        sync();
-        each_key<kSmallThreads, false>(source, 0, tensor.numel, [&](const uint32_t* keys) {
+        uint32_t of[2] = {static_cast<uint32_t>(small.prefix[0]), static_cast<uint32_t>(small.prefix[1])};
+        each_key<kWide, kRaw>(source, 0, tensor.numel, [&](const uint32_t* keys) {
             bool same = same_in_warp(keys);
-            // Of the leading digit both ranks have the same counts.
-            if (wanted[0] || place == 0) tally(of[0], digit, static_cast<uint32_t>(prefix[0]), keys, same);
-            if (wanted[1] && place > 0) tally(of[1], digit, static_cast<uint32_t>(prefix[1]), keys, same);
+            if (first || leading) tally(of_first, digit, of[0], keys, same);
+            if (second && !leading) tally(of_second, digit, of[1], keys, same);
         });
         sync();
         for (int which = 0; which < 2; ++which) {
-            if (!wanted[which]) continue;
-            Located located =
-                locate<kSmallThreads>(of[which].local, static_cast<int>(size), rank[which], small.scratch);
-            prefix[which] = (prefix[which] << digit.width) | located.digit;
-            rank[which] -= located.above;
-            equal[which] = located.equal;
+            if (!(which == 0 ? first : second)) continue;
+            const uint32_t* counts = small.bins + (leading ? 0u : which * size);
+            Located located = locate<kWide>(counts, static_cast<int>(size), small.rank[which], small.scratch);
+            if (thread() != 0) continue;
+            small.prefix[which] = (small.prefix[which] << digit.width) | located.digit;
+            small.rank[which] -= located.above;
+            small.equal[which] = located.equal;
         }
+        sync();
     }
-    uint32_t tied[2];
-    for (int which = 0; which < 2; ++which) {
-        RankBound bound =
-            wanted[which] ? found_bound(prefix[which], work.kind, rank[which], equal[which]) : outer_bound(rank[which]);
-        tied[which] = bound.ties > 0 ? static_cast<uint32_t>(prefix[which]) : kNeverKey;
-        if (thread() == 0) store_bound(bounds + 4 * (tensor.index * n + model) + 2 * which, bound);
-    }
-    any = tied[0] != kNeverKey || tied[1] != kNeverKey;
-    int64_t before = 0;
-    for (int64_t number = 0; number < blocks_of(tensor); ++number) {
-        int64_t begin = number * kTieBlock;
-        if (thread() < 2) {
-            ties_before[(2 * model + thread()) * work.blocks_results + tensor.first_result + number] = before;
-        }
-        if (!any || number + 1 == blocks_of(tensor)) continue;
-        count_equal<kSmallThreads, false>(source, begin, begin + kTieBlock, tied, small.totals);
-        if (thread() < 2) before += small.totals[thread()];
-    }
+    sync();
+    if (thread() >= 2) return;
+    int which = thread();
+    RankBound bound = (which == 0 ? first : second)
+                          ? found_bound(small.prefix[which], work.kind, small.rank[which], small.equal[which])
+                          : outer_bound(small.rank[which]);
+    store_bound(bounds + 4 * (tensor.index * n + model) + 2 * which, bound);
+    ties_before[(2 * model + which) * work.blocks_results + tensor.first_result] = 0;
 }
 
 // --- a window of keys
@@ -750,8 +743,8 @@ int sum_ties(Place place, const Work& work, const int64_t* bounds, const int32_t
 }
 
 int bounds_of_small(Place place, const Work& work, int64_t* bounds, int64_t* ties_before) {
-    return launch(bounds_of_small_kernel, work.tensors * work.models.count, kSmallThreads, sizeof(Small), place.stream,
-                  work, bounds, ties_before);
+    return launch(is_raw(work) ? bounds_of_small_kernel<true> : bounds_of_small_kernel<false>,
+                  work.tensors * work.models.count, kWide, sizeof(Small), place.stream, work, bounds, ties_before);
 }
 
 int count_window(Place place, const Work& work, int64_t width, int64_t* counts) {

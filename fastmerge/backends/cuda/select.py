@@ -1,4 +1,4 @@
-"""Selection in CUDA C++: the functions of `fastmerge/reference/select.py`, with the same bits, for any number of tensors.
+"""Selection in CUDA C++: the functions of `fastmerge/reference/select.py`, with the same bits, for many tensors.
 
 Thresholds stay on the GPU, from the first histogram to the mask: the host waits for nothing.
 """
@@ -29,8 +29,9 @@ __all__ = [
     "topk_mask",
 ]
 
-SMALL = 2 * TIE_BLOCK
-"""Elements up to which one block of threads takes all of a tensor, again and again, out of the cache."""
+SMALL = TIE_BLOCK
+"""Elements up to which one block of threads takes all of a tensor, again and again, out of the cache. At most as many as
+a tie block has: no ties come before them then."""
 
 WIDE = CODES[torch.float32]
 """The kind of keys that have 31 bits; the other kinds are the codes of 16-bit dtypes, whose keys have 15."""
