@@ -86,6 +86,17 @@ FM_INLINE uint32_t wide_key(uint32_t key, int32_t kind) {
     return kind == kBFloat16 ? key << 16 : key;
 }
 
+// The least of all keys whose wide forms are not below `threshold`, or one above all keys; the threshold is at most one
+// more than kKeyEnd.
+FM_DEVICE uint32_t narrow_limit(int64_t threshold, int32_t kind) {
+    uint32_t wide = static_cast<uint32_t>(threshold);
+    if (kind == kBFloat16) return (wide + 0xffffu) >> 16;
+    if (kind == kFloat32) return wide;
+    if (wide > kNanBits) return 0x7fffu;
+    uint32_t nearest = key_of(bit_cast<float>(wide), kind);
+    return wide_key(nearest, kind) < wide ? nearest + 1u : nearest;
+}
+
 // The key whose wide form is `threshold`, if there is one.
 FM_DEVICE uint32_t narrow_key(int64_t threshold, int32_t kind) {
     if (threshold < 0 || threshold >= kKeyEnd) return kNeverKey;
@@ -130,7 +141,8 @@ FM_DEVICE void forget_past(int64_t at, int64_t end, uint32_t* keys) {
     for (int t = 0; t < kEach; ++t) keys[t] = at + t < end ? keys[t] : kNoKey;
 }
 
-// Calls `use` with eight keys at a time, whole warps together. kRaw: the keys are the bits of 16-bit numbers.
+// Calls `use` with eight keys and where they are, tile by tile, all threads of a block together. kRaw: the keys are the
+// bits of 16-bit numbers.
 template <int kBlock, bool kRaw, class Use>
 FM_DEVICE void each_key(const Source& source, int64_t begin, int64_t end, Use use) {
     if (begin >= end) return;
@@ -154,7 +166,7 @@ FM_DEVICE void each_key(const Source& source, int64_t begin, int64_t end, Use us
                     keys[2 * i + 1] = magnitude_key16(static_cast<uint16_t>(word >> 16), source.kind);
                 }
                 forget_past(at + half * kStride, end, keys);
-                use(keys);
+                use(at + half * kStride, keys);
             }
         }
         return;
@@ -168,7 +180,7 @@ FM_DEVICE void each_key(const Source& source, int64_t begin, int64_t end, Use us
         FM_UNROLL
         for (int t = 0; t < kEach; ++t) keys[t] = key_of(delta[t], source.kind);
         forget_past(at, end, keys);
-        use(keys);
+        use(at, keys);
     }
 }
 
@@ -182,9 +194,18 @@ struct Bins {
     uint32_t from, inside;
 };
 
+// All of them are in shared memory.
+FM_INLINE Bins all_inside(uint32_t* local) {
+    Bins bins = {local, nullptr, 0, 0};
+    return bins;
+}
+
+template <bool kInside>
 FM_DEVICE void add(const Bins& bins, uint32_t bin, uint32_t times) {
     uint32_t place = bin - bins.from;
-    if (place < bins.inside) {
+    if (kInside) {
+        atomic_add(&bins.local[bin], times);
+    } else if (place < bins.inside) {
         atomic_add(&bins.local[place], times);
     } else if (bin == 0) {
         atomic_add(&bins.local[bins.inside], times);
@@ -202,16 +223,17 @@ FM_DEVICE bool same_in_warp(const uint32_t* keys) {
 }
 
 // Counts the digits of keys that begin with `prefix`.
+template <bool kInside>
 FM_DEVICE void tally(const Bins& bins, Digit digit, uint32_t prefix, const uint32_t* keys, bool same) {
     uint32_t mask = (1u << digit.width) - 1u;
     int above = digit.shift + digit.width;
     if (same) {
-        if (lane() == 0 && keys[0] >> above == prefix) add(bins, (keys[0] >> digit.shift) & mask, 32 * kEach);
+        if (lane() == 0 && keys[0] >> above == prefix) add<kInside>(bins, (keys[0] >> digit.shift) & mask, 32 * kEach);
         return;
     }
     FM_UNROLL
     for (int t = 0; t < kEach; ++t) {
-        if (keys[t] >> above == prefix) add(bins, (keys[t] >> digit.shift) & mask, 1u);
+        if (keys[t] >> above == prefix) add<kInside>(bins, (keys[t] >> digit.shift) & mask, 1u);
     }
 }
 
@@ -221,7 +243,7 @@ FM_DEVICE void clear(uint32_t* bins, int count, int threads) {
 
 // A grid of as many blocks as run at once. The blocks of one group take the same part of each model, so that the base
 // is read from memory once.
-template <bool kRaw>
+template <bool kRaw, bool kInside>
 FM_KERNEL(kWide)
 count_keys_kernel(FM_LARGE Work work, Digit digit, uint32_t from, uint32_t inside, bool ranked, int64_t groups,
                   int64_t* counts) {
@@ -259,43 +281,45 @@ count_keys_kernel(FM_LARGE Work work, Digit digit, uint32_t from, uint32_t insid
         }
         counted += kTieBlock;
         uint32_t prefix = ranked ? 0u : static_cast<uint32_t>(number_of(work, tensor, 2 * model));
-        each_key<kWide, kRaw>(source_of(work, tensor, model), begin, end,
-                              [&](const uint32_t* keys) { tally(bins, digit, prefix, keys, same_in_warp(keys)); });
+        each_key<kWide, kRaw>(source_of(work, tensor, model), begin, end, [&](int64_t, const uint32_t* keys) {
+            tally<kInside>(bins, digit, prefix, keys, same_in_warp(keys));
+        });
     }
     if (row >= 0) flush();
 }
 
+// kLeading: of the leading digit both ranks have the same counts.
+template <bool kLeading>
 FM_KERNEL(kThreads)
-count_digit_kernel(FM_LARGE Work work, Digit digit, bool leading, const int64_t* state, int64_t* counts, int32_t* found,
+count_digit_kernel(FM_LARGE Work work, int32_t shift, const int64_t* state, int64_t* counts, int32_t* found,
                    int ranks) {
+    // All of it but a place is known beforehand: so few registers go on the loop.
+    const Digit digit = {kLeading ? 31 - kRowBits : shift, kLeading ? kRowBits : kRowBits - 1};
     int32_t n = work.models.count, model = static_cast<int32_t>(block() % n);
     int64_t tie_block = block() / n, number = tensor_of(work, tie_block);
     Tensor tensor = tensor_at(work, number);
     bool first = to_be_found(work, tensor, model, 0), second = to_be_found(work, tensor, model, 1);
     if (!first && !second) return;
     int64_t row = work.together ? 0 : number * n + model;
-    uint32_t size = 1u << digit.width;
+    uint32_t size = 1u << digit.width, all = kLeading ? size : 2 * size;
     uint32_t* local = &shared<uint32_t>();
-    Bins of_first = {local, nullptr, 0, size}, of_second = {local + size, nullptr, 0, size};
-    clear(local, leading ? static_cast<int>(size) : 2 * static_cast<int>(size), kThreads);
-    // No key begins with this.
-    uint32_t prefixes[2] = {kNeverKey, kNeverKey};
-    if (leading) {
-        prefixes[0] = 0;
-    } else {
-        if (first) prefixes[0] = static_cast<uint32_t>(state[4 * row]);
-        if (second) prefixes[1] = static_cast<uint32_t>(state[4 * row + 2]);
-    }
+    clear(local, static_cast<int>(all), kThreads);
+    // No key begins with kNeverKey.
+    uint32_t of_first = kNeverKey, of_second = kNeverKey;
+    if (!kLeading && first) of_first = static_cast<uint32_t>(state[4 * row]);
+    if (!kLeading && second) of_second = static_cast<uint32_t>(state[4 * row + 2]);
     sync();
     int64_t begin = (tie_block - tensor.first) * kTieBlock;
     Source source = source_of(work, tensor, model);
-    each_key<kThreads, false>(source, begin, smaller(tensor.numel, begin + kTieBlock), [&](const uint32_t* keys) {
-        bool same = same_in_warp(keys);
-        if (prefixes[0] != kNeverKey) tally(of_first, digit, prefixes[0], keys, same);
-        if (prefixes[1] != kNeverKey) tally(of_second, digit, prefixes[1], keys, same);
-    });
+    each_key<kThreads, false>(source, begin, smaller(tensor.numel, begin + kTieBlock),
+                              [&](int64_t, const uint32_t* keys) {
+                                  bool same = same_in_warp(keys);
+                                  tally<true>(all_inside(local), digit, kLeading ? 0u : of_first, keys, same);
+                                  if (kLeading || of_second == kNeverKey) return;
+                                  tally<true>(all_inside(local + size), digit, of_second, keys, same);
+                              });
     sync();
-    for (uint32_t i = static_cast<uint32_t>(thread()); i < (leading ? size : 2 * size); i += kThreads) {
+    for (uint32_t i = static_cast<uint32_t>(thread()); i < all; i += kThreads) {
         if (local[i] != 0) atomic_add(&counts[(row << kRowBits) + i], static_cast<int64_t>(local[i]));
         if (found == nullptr) continue;
         int place = static_cast<int>(i >> digit.width) - (2 - ranks);
@@ -411,7 +435,7 @@ choose_digit_kernel(FM_LARGE Work work, Digit digit, bool leading, int64_t* stat
 template <int kBlock, bool kRaw>
 FM_DEVICE void count_equal(const Source& source, int64_t begin, int64_t end, const uint32_t* wanted, uint32_t* totals) {
     uint32_t own[2] = {0, 0};
-    each_key<kBlock, kRaw>(source, begin, end, [&](const uint32_t* keys) {
+    each_key<kBlock, kRaw>(source, begin, end, [&](int64_t, const uint32_t* keys) {
         FM_UNROLL
         for (int t = 0; t < kEach; ++t) {
             own[0] += keys[t] == wanted[0] ? 1u : 0u;
@@ -508,14 +532,14 @@ bounds_of_small_kernel(FM_LARGE Work work, int64_t* bounds, int64_t* ties_before
         bool leading = place == 0;
         Digit digit = {narrow ? 8 - 8 * place : 20 - 10 * place, (narrow ? 7 : 10) + (narrow != leading ? 1 : 0)};
         uint32_t size = 1u << digit.width;
-        Bins of_first = {small.bins, nullptr, 0, size}, of_second = {small.bins + size, nullptr, 0, size};
+        Bins of_first = all_inside(small.bins), of_second = all_inside(small.bins + size);
         clear(small.bins, 1 << kRowBits, kWide);
         sync();
         uint32_t of[2] = {static_cast<uint32_t>(small.prefix[0]), static_cast<uint32_t>(small.prefix[1])};
-        each_key<kWide, kRaw>(source, 0, tensor.numel, [&](const uint32_t* keys) {
+        each_key<kWide, kRaw>(source, 0, tensor.numel, [&](int64_t, const uint32_t* keys) {
             bool same = same_in_warp(keys);
-            if (first || leading) tally(of_first, digit, of[0], keys, same);
-            if (second && !leading) tally(of_second, digit, of[1], keys, same);
+            if (first || leading) tally<true>(of_first, digit, of[0], keys, same);
+            if (second && !leading) tally<true>(of_second, digit, of[1], keys, same);
         });
         sync();
         for (int which = 0; which < 2; ++which) {
@@ -581,21 +605,22 @@ FM_KERNEL(kThreads) count_window_kernel(FM_LARGE Work work, int64_t width, int64
     };
     sync();
     Source source = source_of(work, tensor, model);
-    each_key<kThreads, false>(source, begin, smaller(tensor.numel, begin + kTieBlock), [&](const uint32_t* keys) {
-        bool same = same_in_warp(keys);
-        FM_UNROLL
-        for (int t = 0; t < kEach; ++t) {
-            if (keys[t] == kNoKey || keys[t] < low) continue;
-            uint32_t place = keys[t] - low;
-            if (place >= size) {
-                ++beyond;
-            } else if (!same) {
-                count(place, 1u);
-            } else if (t == 0 && lane() == 0) {
-                count(place, 32 * kEach);
-            }
-        }
-    });
+    each_key<kThreads, false>(source, begin, smaller(tensor.numel, begin + kTieBlock),
+                              [&](int64_t, const uint32_t* keys) {
+                                  bool same = same_in_warp(keys);
+                                  FM_UNROLL
+                                  for (int t = 0; t < kEach; ++t) {
+                                      if (keys[t] == kNoKey || keys[t] < low) continue;
+                                      uint32_t place = keys[t] - low;
+                                      if (place >= size) {
+                                          ++beyond;
+                                      } else if (!same) {
+                                          count(place, 1u);
+                                      } else if (t == 0 && lane() == 0) {
+                                          count(place, 32 * kEach);
+                                      }
+                                  }
+                              });
     for (int mask = 16; mask > 0; mask /= 2) beyond += from_across(beyond, mask);
     if (lane() == 0 && beyond > 0) atomic_add(&cache.beyond, beyond);
     sync();
@@ -614,18 +639,19 @@ struct BlockBound {
     uint32_t limit;
     bool walked;
     uint32_t key;
-    int64_t ties;  // of the block's equals, how many come before the cut
+    uint32_t ties;  // where it is walked, how many of its equals come before the cut
 };
 
-FM_DEVICE BlockBound block_bound(const int64_t* bound, const int64_t* ties_before, int64_t tie_block, int64_t blocks) {
+FM_DEVICE BlockBound block_bound(const int64_t* bound, const int64_t* ties_before, int64_t tie_block, int64_t blocks,
+                                 int32_t kind) {
     int64_t threshold = smaller(bound[0], kKeyEnd), ties = bound[1];
-    uint32_t limit = static_cast<uint32_t>(threshold);
+    uint32_t limit = narrow_limit(threshold, kind);
     if (ties == 0) return {limit, false, kNeverKey, 0};
     int64_t before = ties_before[tie_block];
     // Past the last block nothing is known.
     int64_t after = tie_block + 1 < blocks ? ties_before[tie_block + 1] : before + kTieBlock;
-    if (before >= ties) return {limit + 1u, false, kNeverKey, 0};
-    return {limit, after > ties, limit, ties - before};
+    if (before >= ties) return {narrow_limit(threshold + 1, kind), false, kNeverKey, 0};
+    return {limit, after > ties, narrow_key(threshold, kind), static_cast<uint32_t>(ties - before)};
 }
 
 FM_DEVICE void store_mask(uint8_t* out, int64_t at, int64_t end, const uint32_t* kept) {
@@ -642,50 +668,45 @@ FM_DEVICE void store_mask(uint8_t* out, int64_t at, int64_t end, const uint32_t*
     }
 }
 
+template <bool kRaw>
 FM_KERNEL(kThreads)
 mask_band_kernel(Array x, int64_t numel, const int64_t* bounds, const int64_t* ties_before, uint8_t* out) {
-    BlockBound first = block_bound(bounds, ties_before, block(), blocks());
-    BlockBound last = block_bound(bounds + 2, ties_before + blocks(), block(), blocks());
+    Source source = {{nullptr, 0}, x, kFloat32, kRaw ? x.dtype : static_cast<int32_t>(kFloat32)};
+    BlockBound first = block_bound(bounds, ties_before, block(), blocks(), source.kind);
+    BlockBound last = block_bound(bounds + 2, ties_before + blocks(), block(), blocks(), source.kind);
     int64_t begin = block() * kTieBlock, end = smaller(numel, begin + kTieBlock);
-    uint32_t* partial = &shared<uint32_t>();
-    uint32_t passed = 0;  // equals of both bounds before this tile: below 2^16 each, but for the last
-    uint32_t passed_last = 0;
-    for (int64_t tile = begin; tile < end; tile += kTile) {
-        int64_t at = tile + thread() * kEach;
-        float values[kEach];
-        load8(x, at, end, values);
-        uint32_t kept[kEach];
-        if (!first.walked && !last.walked) {
+    if (!first.walked && !last.walked) {
+        each_key<kThreads, kRaw>(source, begin, end, [&](int64_t at, const uint32_t* keys) {
+            uint32_t kept[kEach];
             FM_UNROLL
-            for (int t = 0; t < kEach; ++t) {
-                uint32_t key = magnitude_key(values[t]);
-                kept[t] = key < first.limit && key >= last.limit ? 1u : 0u;
-            }
+            for (int t = 0; t < kEach; ++t) kept[t] = keys[t] < first.limit && keys[t] >= last.limit ? 1u : 0u;
             store_mask(out, at, end, kept);
-            continue;
-        }
-        // Both bounds' equals are counted in halves of one number: a tile has 2048.
-        uint32_t own = 0;
+        });
+        return;
+    }
+    uint32_t* partial = &shared<uint32_t>();
+    uint32_t of_first = 0, of_last = 0;  // equals of each bound before this tile
+    each_key<kThreads, kRaw>(source, begin, end, [&](int64_t at, const uint32_t* keys) {
+        // Both are counted in halves of one number: a tile has 2048 elements.
+        uint32_t own = 0, total = 0;
+        FM_UNROLL
+        for (int t = 0; t < kEach; ++t) own += (keys[t] == first.key ? 1u : 0u) + (keys[t] == last.key ? 0x10000u : 0u);
+        uint32_t lower = sum_before(own, partial, &total);
+        uint32_t nth_first = of_first + (lower & 0xffffu), nth_last = of_last + (lower >> 16);
+        uint32_t kept[kEach];
         FM_UNROLL
         for (int t = 0; t < kEach; ++t) {
-            uint32_t key = at + t < end ? magnitude_key(values[t]) : kNoKey;
-            own += (key == first.key ? 1u : 0u) + (key == last.key ? 0x10000u : 0u);
-        }
-        uint32_t total = 0, lower = sum_before(own, partial, &total);
-        uint32_t of_first = passed + (lower & 0xffffu), of_last = passed_last + (lower >> 16);
-        FM_UNROLL
-        for (int t = 0; t < kEach; ++t) {
-            uint32_t key = magnitude_key(values[t]);
-            bool in = key < first.limit || (key == first.key && of_first >= first.ties);
-            bool past = key < last.limit || (key == last.key && of_last >= last.ties);
-            of_first += key == first.key ? 1u : 0u;
-            of_last += key == last.key ? 1u : 0u;
+            bool is_first = keys[t] == first.key, is_last = keys[t] == last.key;
+            bool in = keys[t] < first.limit || (is_first && nth_first >= first.ties);
+            bool past = keys[t] < last.limit || (is_last && nth_last >= last.ties);
+            nth_first += is_first ? 1u : 0u;
+            nth_last += is_last ? 1u : 0u;
             kept[t] = in && !past ? 1u : 0u;
         }
         store_mask(out, at, end, kept);
-        passed += total & 0xffffu;
-        passed_last += total >> 16;
-    }
+        of_first += total & 0xffffu;
+        of_last += total >> 16;
+    });
 }
 
 int key_bits(const Work& work) { return work.kind == kFloat32 ? 31 : 15; }
@@ -712,16 +733,18 @@ int count_keys(Place place, const Work& work, Digit digit, bool ranked, int64_t*
     int64_t at_once = processors() * (inside <= limit / 2 ? 2 : 1);
     int64_t n = work.models.count, groups = smaller(at_once / n, work.blocks * (kTieBlock / kUnit));
     if (groups < 1) groups = 1;
-    return launch(is_raw(work) ? count_keys_kernel<true> : count_keys_kernel<false>, groups * n, kWide,
-                  static_cast<size_t>(4 * (inside + 1)), place.stream, work, digit, static_cast<uint32_t>(from),
-                  static_cast<uint32_t>(inside), ranked, groups, counts);
+    bool all = inside == bins;
+    auto raw = all ? count_keys_kernel<true, true> : count_keys_kernel<true, false>;
+    auto other = all ? count_keys_kernel<false, true> : count_keys_kernel<false, false>;
+    return launch(is_raw(work) ? raw : other, groups * n, kWide, static_cast<size_t>(4 * (inside + 1)), place.stream,
+                  work, digit, static_cast<uint32_t>(from), static_cast<uint32_t>(inside), ranked, groups, counts);
 }
 
 int count_digit(Place place, const Work& work, Digit digit, const int64_t* state, int64_t* counts, int32_t* found,
                 int ranks) {
     bool leading = digit.shift + digit.width == key_bits(work);
-    return launch(count_digit_kernel, work.blocks * work.models.count, kThreads, 4 << kRowBits, place.stream, work,
-                  digit, leading, state, counts, found, ranks);
+    return launch(leading ? count_digit_kernel<true> : count_digit_kernel<false>, work.blocks * work.models.count,
+                  kThreads, 4 << kRowBits, place.stream, work, digit.shift, state, counts, found, ranks);
 }
 
 int choose_digit(Place place, const Work& work, Digit digit, int64_t* state, int64_t* counts, int64_t* bounds,
@@ -753,8 +776,8 @@ int count_window(Place place, const Work& work, int64_t width, int64_t* counts) 
 }
 
 int mask_band(Place place, Array x, int64_t numel, const int64_t* bounds, const int64_t* ties_before, uint8_t* out) {
-    return launch(mask_band_kernel, tie_blocks(numel), kThreads, (kWarps + 1) * sizeof(uint32_t), place.stream, x,
-                  numel, bounds, ties_before, out);
+    return launch(x.dtype == kFloat32 ? mask_band_kernel<false> : mask_band_kernel<true>, tie_blocks(numel), kThreads,
+                  (kWarps + 1) * sizeof(uint32_t), place.stream, x, numel, bounds, ties_before, out);
 }
 
 }  // namespace cuda
