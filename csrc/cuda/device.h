@@ -63,6 +63,10 @@ FM_DEVICE int64_t atomic_add(int64_t* to, int64_t value) {
         atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value)));
 }
 FM_DEVICE uint32_t atomic_or(uint32_t* to, uint32_t value) { return atomicOr(to, value); }
+// Writes `value` where `expected` was.
+FM_DEVICE int32_t atomic_exchange_if(int32_t* to, int32_t expected, int32_t value) {
+    return atomicCAS(to, expected, value);
+}
 FM_DEVICE int32_t atomic_min(int32_t* to, int32_t value) { return atomicMin(to, value); }
 FM_DEVICE int32_t atomic_max(int32_t* to, int32_t value) { return atomicMax(to, value); }
 FM_DEVICE int64_t atomic_max(int64_t* to, int64_t value) {
@@ -80,6 +84,11 @@ FM_DEVICE Words4 load16(const void* from) {
 }
 FM_DEVICE void store16(void* to, const Words4& value) {
     __stcs(static_cast<uint4*>(to), make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]));
+}
+
+// The address is a multiple of 8.
+FM_DEVICE void store8bytes(void* to, uint64_t value) {
+    __stcs(static_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
 }
 
 // The low 32 bits of two words, of which `high` comes after `low`, from bit `bits` (0 to 31) on.

@@ -92,6 +92,11 @@ FM_DEVICE uint32_t atomic_or(uint32_t* to, uint32_t value) {
     *to = before | value;
     return before;
 }
+FM_DEVICE int32_t atomic_exchange_if(int32_t* to, int32_t expected, int32_t value) {
+    int32_t before = *to;
+    if (before == expected) *to = value;
+    return before;
+}
 template <class T>
 FM_DEVICE T atomic_min(T* to, typename std::common_type<T>::type value) {
     T before = *to;
@@ -121,6 +126,11 @@ FM_DEVICE Words4 load16(const void* from) {
 FM_DEVICE void store16(void* to, const Words4& value) {
     if (reinterpret_cast<uintptr_t>(to) % 16 != 0) refuse_misaligned(to);
     memcpy(to, &value, 16);
+}
+
+FM_DEVICE void store8bytes(void* to, uint64_t value) {
+    if (reinterpret_cast<uintptr_t>(to) % 8 != 0) refuse_misaligned(to);
+    memcpy(to, &value, 8);
 }
 
 FM_DEVICE uint32_t from_bit(uint32_t low, uint32_t high, uint32_t bits) {

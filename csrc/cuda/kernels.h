@@ -46,5 +46,29 @@ struct Rule {
     int64_t mask_stride;   // bytes
 };
 
+// What the select family goes through: T tensors of n models. One tensor is described here; several are by a table in
+// the device's memory:
+//
+//   for each tie block    its tensor
+//   for each tensor       n addresses of the models, 2 n numbers, the address of the base, the number of elements, the
+//                         first of its tie blocks here, the first of them in results, and its place in results
+//
+// A result has a row for each tensor and model. The numbers are each model's two ranks, or one, and nothing.
+struct Work {
+    Models models;  // with a table: how many, their dtypes, and whether there is a base
+    int64_t number[2 * kMostModels];
+    const int64_t* table;
+    int64_t tensors;
+    int64_t blocks;          // tie blocks of all tensors together; one without elements has one
+    int64_t blocks_results;  // of results
+    int32_t kind;            // the dtype whose bits the keys are
+    int32_t together;        // all tensors are parts of one vector, and share row 0
+};
+
+// A digit of a key: `width` bits from bit `shift` on.
+struct Digit {
+    int32_t shift, width;
+};
+
 }  // namespace cuda
 FM_NAMESPACE_END

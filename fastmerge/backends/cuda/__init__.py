@@ -11,12 +11,32 @@ import torch
 
 from ..rule import TIE_BLOCK
 from .launch import EMULATED, compiled
+from .select import (
+    abs_histogram,
+    hashed_mask,
+    key_histogram,
+    key_window_,
+    kth_magnitude,
+    magnitude_bounds,
+    magnitude_bounds_many,
+    tie_counts,
+    topk_mask,
+)
 from .sparsify import count_nonfinite, zero_nonfinite_
 
 __all__ = [
     "DEVICES",
+    "abs_histogram",
     "check_usable",
     "count_nonfinite",
+    "hashed_mask",
+    "key_histogram",
+    "key_window_",
+    "kth_magnitude",
+    "magnitude_bounds",
+    "magnitude_bounds_many",
+    "tie_counts",
+    "topk_mask",
     "zero_nonfinite_",
 ]
 
