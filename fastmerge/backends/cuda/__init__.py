@@ -10,13 +10,18 @@ from __future__ import annotations
 import torch
 
 from ..rule import TIE_BLOCK
+from .consensus import consensus_apply, consensus_apply_many
 from .launch import EMULATED, compiled
-from .sparsify import count_nonfinite, zero_nonfinite_
+from .sparsify import count_nonfinite, kept_masks, l1_sums, zero_nonfinite_
 
 __all__ = [
     "DEVICES",
     "check_usable",
+    "consensus_apply",
+    "consensus_apply_many",
     "count_nonfinite",
+    "kept_masks",
+    "l1_sums",
     "zero_nonfinite_",
 ]
 
