@@ -115,7 +115,7 @@ def consensus_apply_many(
         raise ValueError(f"a rule {rule.method!r} is not for many tensors; take them one by one")
     few(len(tensors))
     lengths = [x.numel() for x in out]
-    part = compiled.part_of(sum(lengths))
+    part = part_of(sum(lengths))
     parts = [-(-length // part) for length in lengths]
     if sum(parts) == 0:
         return
@@ -151,6 +151,11 @@ def consensus_apply_many(
         sum(parts),
         part,
     )
+
+
+def part_of(numel: int) -> int:
+    """How many elements a block takes, where there are so many in all; a divisor of a tie block."""
+    return int(compiled.part_of(numel))
 
 
 def _signed(number: int) -> int:
