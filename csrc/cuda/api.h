@@ -49,5 +49,30 @@ int mask_band(Place place, Array x, int64_t numel, const int64_t* bounds, const 
 int count_nonfinite(Place place, Array x, int64_t numel, int64_t* nan_and_inf);  // adds to two numbers
 int zero_nonfinite(Place place, void* data, int32_t dtype, int64_t numel);
 
+// What a rule (not DELLA's) keeps of each model, as bits, in rows of ceil(numel / 8) bytes.
+int kept_masks(Place place, const Models& models, const Rule& rule, uint8_t* masks);
+int l1_sums(Place place, const Models& models, const Rule& rule, int64_t* limbs);  // int64[n, 2, kLimbs], of zeros
+// DELLA's step for some rows of one model: what ranks they have is known from their sorted keys.
+struct Rows {
+    Array base, x;    // from the rows' first element on; base.data == nullptr: no subtraction
+    int32_t compute;
+    int64_t count, length;
+    double density, epsilon;
+    uint64_t seed, tensor_id, offset;  // offset: of the rows' first element in its tensor
+    uint32_t stream;
+};
+int row_keys(Place place, const Rows& rows, int32_t* keys);                            // [count, length]
+int row_masks(Place place, const Rows& rows, const int32_t* sorted, uint8_t* mask);  // ceil(count * length / 8) bytes
+
+// consensus
+// Elements in a part, of which a block takes one, where there are so many in all: a divisor of a tie block.
+int64_t part_of(int64_t numel);
+// base: nullptr where there is none; it is subtracted from the models if these have it, and added if `add`.
+int consensus_apply(Place place, const Models& models, const Rule& rule, const Formula& formula, Array add, void* out,
+                    int32_t out_dtype);
+// Many tensors, whose dtypes are those of `models`, `add` and out; `parts` parts of `part` elements, or less at an end.
+int consensus_apply_many(Place place, const Models& models, const Rule& rule, const Formula& formula, Array add,
+                         int32_t out_dtype, const Tensors& tensors, int64_t parts, int64_t part);
+
 }  // namespace cuda
 FM_NAMESPACE_END

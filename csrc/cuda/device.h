@@ -23,6 +23,8 @@ FM_NAMESPACE_END
 
 #define FM_DEVICE __device__ __forceinline__
 #define FM_KERNEL(threads) static __global__ void __launch_bounds__(threads)
+// As many blocks shall fit a processor: a limit of registers.
+#define FM_KERNEL_OF(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 // A parameter that is large: it stays where the launch put it.
 #define FM_LARGE const __grid_constant__
 #define FM_UNROLL _Pragma("unroll")

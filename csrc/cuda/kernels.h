@@ -70,5 +70,25 @@ struct Digit {
     int32_t shift, width;
 };
 
+// A merge, but for what it merges; the numbers are rounded already.
+struct Formula {
+    float weight[kMostModels], scale[kMostModels];
+    int32_t election, divisor;
+    float zero_sign;
+    float divisor_value;  // 1 where nothing is divided
+    float lambda;
+    // Zeros stay what they are when they are divided: all divisors are positive and finite.
+    int32_t zeros_stay;
+};
+
+// Where the merge of many tensors finds them, in the device's memory. Each is taken in parts.
+struct Tensors {
+    // For each tensor: length, base, out, tensor id, number of its first part, of its first tie block, then its models.
+    const int64_t* table;  // nullptr: one tensor, by value
+    const int32_t* tensor_of;  // each part's
+};
+
+constexpr int kTensorRow = 6;  // numbers of a tensor before its models
+
 }  // namespace cuda
 FM_NAMESPACE_END

@@ -1,5 +1,6 @@
 #include "cuda/api.h"
-#include "cuda/tile.h"
+#include "cuda/kept.h"
+#include "fastmerge/exact_sum.h"
 
 FM_NAMESPACE_BEGIN
 namespace cuda {
@@ -43,7 +44,273 @@ FM_KERNEL(kThreads) zero_nonfinite_kernel(void* data, int32_t dtype, int64_t num
     }
 }
 
+// --- one model in each block: exact sums, masks
+// -----------------------------------------------------------------------
+
+// Neighbouring blocks take the same part of all models, so that the base is read once.
+struct Each {
+    Models models;
+    Rule rule;
+    int64_t part;
+};
+
+struct Own {
+    Array x;
+    int32_t model;
+    int64_t begin, end, tie_block;
+};
+
+// What the block takes, and what is kept of it. By the whole block.
+FM_DEVICE Own open_own(const Each& each, bool values, Kept& kept, uint32_t* partial) {
+    const Models& models = each.models;
+    Own own;
+    own.model = static_cast<int32_t>(block() % models.count);
+    own.x = model_of(models, own.model);
+    own.begin = block() / models.count * each.part;
+    own.end = smaller(models.numel, own.begin + each.part);
+    int64_t number = own.begin / kTieBlock;
+    own.tie_block = number * kTieBlock;
+    if (thread() == 0) {
+        open_kept(each.rule, own.model, each.rule.bounds + 4 * own.model,
+                  each.rule.ties_before + 2 * own.model * each.rule.blocks + number, number + 1 >= each.rule.blocks,
+                  each.rule.tensor_id, kept);
+    }
+    sync();
+    if (values && kept.split != 0) {
+        find_cuts(models.base, models.base.data != nullptr, own.x, models.compute, own.tie_block, own.end, kept,
+                  partial);
+    }
+    return own;
+}
+
+FM_DEVICE void own_delta(const Each& each, const Own& own, int64_t at, float* delta) {
+    float base[kEach];
+    bool subtract = each.models.base.data != nullptr;
+    if (subtract) load_rounded(each.models.base, each.models.compute, at, own.end, base);
+    delta8(own.x, subtract, each.models.compute, at, own.end, base, delta);
+}
+
+struct MaskShared {
+    Kept kept;
+    uint32_t partial[kWarps + 1];
+};
+
+FM_KERNEL(kThreads) kept_masks_kernel(FM_LARGE Each each, uint8_t* masks) {
+    MaskShared& mine = shared<MaskShared>();
+    Own own = open_own(each, true, mine.kept, mine.partial);
+    uint8_t* mask = masks + own.model * ((each.models.numel + 7) / 8);
+    for (int64_t at = own.begin + thread() * kEach; at < own.end; at += kTile) {
+        uint32_t bits = 0;
+        if (each.rule.method == kBand) {
+            // Only bands look at the values.
+            float delta[kEach];
+            own_delta(each, own, at, delta);
+            each_in_band(mine.kept, static_cast<int32_t>(at - own.tie_block), delta,
+                         [&](int t, bool keep) { bits |= (keep ? 1u : 0u) << t; });
+        } else {
+            bits = kept_bits(each.rule, mine.kept, at);
+        }
+        if (at + kEach > own.end) bits &= (1u << (own.end - at)) - 1u;
+        mask[at / kEach] = static_cast<uint8_t>(bits);
+    }
+}
+
+// Mantissas are added in units of 2^32, 2^64 and so on, each by each thread for itself: 256 times 55 bits fit 64.
+constexpr int kGroups = 8;
+static_assert(kTieBlock / kThreads <= 256, "a thread's sums do not overflow");
+
+struct MassShared {
+    uint64_t sum[2][kGroups][kThreads];  // of all, of those that are kept
+    Kept kept;
+    uint32_t partial[kWarps + 1];
+};
+
+FM_KERNEL(kThreads) l1_sums_kernel(FM_LARGE Each each, int64_t* limbs) {
+    MassShared& mine = shared<MassShared>();
+    FM_UNROLL
+    for (int group = 0; group < kGroups; ++group) mine.sum[0][group][thread()] = mine.sum[1][group][thread()] = 0;
+    Own own = open_own(each, true, mine.kept, mine.partial);
+    // The sums of one group are in registers: neighbours are of one size mostly.
+    uint64_t all = 0, some = 0;
+    int group = 0;
+    auto put_aside = [&] {
+        mine.sum[0][group][thread()] += all;
+        mine.sum[1][group][thread()] += some;
+        all = some = 0;
+    };
+    for (int64_t at = own.begin + thread() * kEach; at < own.end; at += kTile) {
+        float delta[kEach];
+        own_delta(each, own, at, delta);
+        uint32_t bits = 0;
+        if (each.rule.method == kBand) {
+            each_in_band(mine.kept, static_cast<int32_t>(at - own.tie_block), delta,
+                         [&](int t, bool keep) { bits |= (keep ? 1u : 0u) << t; });
+        } else {
+            bits = kept_bits(each.rule, mine.kept, at);
+        }
+        FM_UNROLL
+        for (int t = 0; t < kEach; ++t) {
+            uint32_t key = bit_cast<uint32_t>(delta[t]) & 0x7fffffffu;
+            // What is not finite has no mass; what is past the end is 0.
+            uint32_t mantissa = key < kInfBits ? magnitude_mantissa(key) : 0u;
+            int place = magnitude_place(key);
+            if (mantissa != 0 && place >> 5 != group) {
+                put_aside();
+                group = place >> 5;
+            }
+            uint64_t mass = static_cast<uint64_t>(mantissa) << (place & 31);
+            all += mass;
+            some += (bits >> t) & 1u ? mass : 0;
+        }
+    }
+    put_aside();
+    sync();
+    for (int which = thread() / 32; which < 2 * kGroups; which += kWarps) {
+        const uint64_t* sums = mine.sum[which / kGroups][which % kGroups];
+        uint64_t low = 0, high = 0;
+        for (int i = lane(); i < kThreads; i += 32) {
+            low += sums[i] & 0xffffffffu;
+            high += sums[i] >> 32;
+        }
+        for (int mask = 16; mask > 0; mask /= 2) {
+            low += from_across(low, mask);
+            high += from_across(high, mask);
+        }
+        if (lane() == 0 && (low | high) != 0) {
+            // Below 2^33 each, so that no number of blocks overflows a limb.
+            int64_t* limb = limbs + (2 * own.model + which / kGroups) * kLimbs + which % kGroups;
+            atomic_add(limb, static_cast<int64_t>(low & 0xffffffffu));
+            atomic_add(limb + 1, static_cast<int64_t>((low >> 32) + (high & 0xffffffffu)));
+            if (high >> 32 != 0) atomic_add(limb + 2, static_cast<int64_t>(high >> 32));
+        }
+    }
+}
+
+FM_KERNEL(kThreads) carry_kernel(int64_t* limbs, int32_t sums) {
+    if (thread() >= sums) return;
+    int64_t* mine = limbs + thread() * kLimbs;
+    uint64_t carried = 0;
+    for (int i = 0; i < kLimbs; ++i) {
+        carried += static_cast<uint64_t>(mine[i]);
+        mine[i] = static_cast<int64_t>(carried & 0xffffffffu);
+        carried >>= 32;
+    }
+}
+static_assert(2 * kMostModels <= kThreads, "a thread for each sum");
+
+// --- DELLA: ranks within rows
+// -----------------------------------------------------------------------------------------
+
+FM_DEVICE void row_delta(const Rows& rows, int64_t at, int64_t end, float* delta) {
+    float base[kEach];
+    bool subtract = rows.base.data != nullptr;
+    if (subtract) load_rounded(rows.base, rows.compute, at, end, base);
+    delta8(rows.x, subtract, rows.compute, at, end, base, delta);
+}
+
+FM_KERNEL(kThreads) row_keys_kernel(Rows rows, int32_t* keys) {
+    int64_t end = rows.count * rows.length, at = block() * kTile + thread() * kEach;
+    if (at >= end) return;
+    float delta[kEach];
+    row_delta(rows, at, end, delta);
+    if (at + kEach <= end) {
+        // Memory from PyTorch begins at a multiple of 16 bytes.
+        FM_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            Words4 four;
+            FM_UNROLL
+            for (int i = 0; i < 4; ++i) four.word[i] = magnitude_key(delta[4 * half + i]);
+            store16(keys + at + 4 * half, four);
+        }
+        return;
+    }
+    FM_UNROLL
+    for (int t = 0; t < kEach; ++t) {
+        if (at + t < end) keys[at + t] = static_cast<int32_t>(magnitude_key(delta[t]));
+    }
+}
+
+// How many of the sorted keys are below `key`.
+FM_DEVICE int64_t count_below(const int32_t* sorted, int64_t length, int32_t key) {
+    int64_t low = 0, high = length;
+    while (low < high) {
+        int64_t middle = low + (high - low) / 2;
+        if (sorted[middle] < key) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+FM_DEVICE uint64_t rank_limit(const Rows& rows, int64_t twice_rank) {
+    return keep_limit(della_probability(rows.density, rows.epsilon, twice_rank, rows.length));
+}
+
+FM_KERNEL(kThreads) row_masks_kernel(Rows rows, const int32_t* sorted, uint8_t* mask) {
+    int64_t end = rows.count * rows.length, at = block() * kTile + thread() * kEach;
+    if (at >= end) return;
+    // Rounding keeps the order, so that the limits of all ranks lie between those of the first and the last.
+    uint64_t least = rank_limit(rows, 0), most = rank_limit(rows, 2 * (rows.length - 1));
+    PhiloxStream stream = philox_stream(rows.seed, rows.tensor_id, rows.stream);
+    uint64_t index = rows.offset + static_cast<uint64_t>(at);
+    uint32_t lead = static_cast<uint32_t>(index & 3u);
+    float delta[kEach];
+    row_delta(rows, at, end, delta);
+    int64_t row = at / rows.length, next = (row + 1) * rows.length;
+    uint32_t kept = 0;
+    PhiloxBlock words = philox_at(stream, index >> 2);
+    FM_UNROLL
+    for (int t = 0; t < kEach; ++t) {
+        if (at + t >= end) break;
+        if (at + t == next) {
+            ++row;
+            next += rows.length;
+        }
+        uint32_t which = (lead + static_cast<uint32_t>(t)) & 3u;
+        if (which == 0 && t > 0) words = philox_at(stream, (index + static_cast<uint64_t>(t)) >> 2);
+        uint32_t low = which & 1u ? words.word[1] : words.word[0], high = which & 1u ? words.word[3] : words.word[2];
+        uint32_t word = which & 2u ? high : low;
+        bool keep = word < least;
+        if (!keep && word < most) {
+            const int32_t* own = sorted + row * rows.length;
+            int32_t key = static_cast<int32_t>(magnitude_key(delta[t]));
+            int64_t first = count_below(own, rows.length, key);
+            int64_t last = first + count_below(own + first, rows.length - first, key + 1) - 1;
+            keep = word < rank_limit(rows, first + last);
+        }
+        kept |= (keep ? 1u : 0u) << t;
+    }
+    mask[at / kEach] = static_cast<uint8_t>(kept);
+}
+
 }  // namespace
+
+int kept_masks(Place place, const Models& models, const Rule& rule, uint8_t* masks) {
+    int64_t part = part_of_so_many(models.numel * models.count, processors());
+    int64_t grid = (models.numel + part - 1) / part * models.count;
+    Each each = {models, rule, part};
+    return launch(kept_masks_kernel, grid, kThreads, sizeof(MaskShared), place.stream, each, masks);
+}
+
+int l1_sums(Place place, const Models& models, const Rule& rule, int64_t* limbs) {
+    int64_t part = part_of_so_many(models.numel * models.count, processors());
+    int64_t grid = (models.numel + part - 1) / part * models.count;
+    Each each = {models, rule, part};
+    int error = launch(l1_sums_kernel, grid, kThreads, sizeof(MassShared), place.stream, each, limbs);
+    return error != 0 ? error : launch(carry_kernel, 1, kThreads, 0, place.stream, limbs, 2 * models.count);
+}
+
+int row_keys(Place place, const Rows& rows, int32_t* keys) {
+    int64_t grid = (rows.count * rows.length + kTile - 1) / kTile;
+    return launch(row_keys_kernel, grid, kThreads, 0, place.stream, rows, keys);
+}
+
+int row_masks(Place place, const Rows& rows, const int32_t* sorted, uint8_t* mask) {
+    int64_t grid = (rows.count * rows.length + kTile - 1) / kTile;
+    return launch(row_masks_kernel, grid, kThreads, 0, place.stream, rows, sorted, mask);
+}
 
 int count_nonfinite(Place place, Array x, int64_t numel, int64_t* nan_and_inf) {
     return launch(count_nonfinite_kernel, tie_blocks(numel), kThreads, 0, place.stream, x, numel, nan_and_inf);

@@ -116,8 +116,67 @@ FM_DEVICE void delta8(Array x, bool subtract, int32_t compute, int64_t at, int64
     round8(compute, out);
 }
 
-// --- stores
-// -----------------------------------------------------------------------------------------------------------
+// Eight elements as they lie in memory, of types of 16 bits or (kWide) of any: so that loads of several tensors are under
+// way before the first of them is waited for.
+template <bool kWide>
+struct Raw {
+    uint32_t word[kWide ? 8 : 4];
+};
+
+// Sixteen bytes from anywhere. Words of 16 bytes that begin at `limit` or past it are not read; what is past it is rubbish.
+FM_DEVICE void load_bytes_before(const char* from, const char* limit, uint32_t* out) {
+    uint32_t shift = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from) & 15u);
+    const char* start = from - shift;
+    Words4 first = {{0, 0, 0, 0}}, second = {{0, 0, 0, 0}};
+    if (start < limit) first = load16(start);
+    if (shift != 0 && start + 16 < limit) second = load16(start + 16);
+    shifted16(first.word, second.word, shift, out);
+}
+
+// Elements at .. at + 7, of which the first is before `end`; those from `end` on are rubbish. simple: the data begin at a
+// multiple of 16 bytes, and none is past the end.
+template <bool kWide>
+FM_DEVICE void load_raw(Array x, int64_t at, int64_t end, bool simple, Raw<kWide>& out) {
+    int64_t size = kWide ? dtype_size(x.dtype) : 2;
+    const char* from = static_cast<const char*>(x.data) + size * at;
+    if (simple) {
+        Words4 first = load16(from);
+        FM_UNROLL
+        for (int i = 0; i < 4; ++i) out.word[i] = first.word[i];
+        if (kWide) {
+            // The same ones again where there are no more: no branch stands between the loads.
+            Words4 second = load16(from + (size == 4 ? 16 : 0));
+            FM_UNROLL
+            for (int i = 0; i < 4; ++i) out.word[kWide ? 4 + i : i] = second.word[i];
+        }
+        return;
+    }
+    const char* limit = static_cast<const char*>(x.data) + size * end;
+    load_bytes_before(from, limit, out.word);
+    if (kWide) load_bytes_before(size == 4 ? from + 16 : from, limit, out.word + (kWide ? 4 : 0));
+}
+
+template <bool kWide>
+FM_DEVICE void widen_raw(const Raw<kWide>& raw, int32_t dtype, float* out) {
+    if (kWide && dtype == kFloat32) {
+        FM_UNROLL
+        for (int t = 0; t < kEach; ++t) out[t] = bit_cast<float>(raw.word[kWide ? t : 0]);
+    } else if (dtype == kBFloat16) {
+        FM_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            out[2 * i] = bit_cast<float>(raw.word[i] << 16);
+            out[2 * i + 1] = bit_cast<float>(raw.word[i] & 0xffff0000u);
+        }
+    } else {
+        FM_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            out[2 * i] = widen_float16(static_cast<uint16_t>(raw.word[i]));
+            out[2 * i + 1] = widen_float16(static_cast<uint16_t>(raw.word[i] >> 16));
+        }
+    }
+}
+
+// --- stores -----------------------------------------------------------------------------------------------------------
 
 FM_INLINE uint32_t rounded_bits(int32_t dtype, float value) {
     if (dtype == kFloat32) return bit_cast<uint32_t>(canonical(value));

@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -60,6 +61,28 @@ inline cuda::Models models(const Ref& base, bool subtract, const std::vector<Ref
         made.data[i] = x.data;
         made.dtype[i] = static_cast<int8_t>(x.dtype);
     }
+    return made;
+}
+
+// method, bounds, ties_before, tie blocks, limits, streams, seed, tensor id, offset, masks, bytes of a row of masks
+using RuleRef = std::tuple<int, uintptr_t, uintptr_t, int64_t, std::vector<uint64_t>, std::vector<uint32_t>, uint64_t,
+                           uint64_t, uint64_t, uintptr_t, int64_t>;
+
+inline cuda::Rule rule(const RuleRef& ref) {
+    cuda::Rule made{};
+    std::vector<uint64_t> limits;
+    std::vector<uint32_t> streams;
+    uintptr_t bounds = 0, ties_before = 0, masks = 0;
+    std::tie(made.method, bounds, ties_before, made.blocks, limits, streams, made.seed, made.tensor_id, made.offset,
+             masks, made.mask_stride) = ref;
+    need(limits.size() <= cuda::kMostModels && streams.size() == limits.size(), "random words of too many models");
+    for (size_t i = 0; i < limits.size(); ++i) {
+        made.limit[i] = limits[i];
+        made.stream[i] = streams[i];
+    }
+    made.bounds = address<const int64_t>(bounds);
+    made.ties_before = address<const int64_t>(ties_before);
+    made.masks = address<const uint8_t>(masks);
     return made;
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..rule import TIE_BLOCK
+from .consensus import consensus_apply, consensus_apply_many
 from .launch import EMULATED, compiled
 from .select import (
     abs_histogram,
@@ -22,12 +23,14 @@ from .select import (
     tie_counts,
     topk_mask,
 )
-from .sparsify import count_nonfinite, zero_nonfinite_
+from .sparsify import count_nonfinite, kept_masks, l1_sums, zero_nonfinite_
 
 __all__ = [
     "DEVICES",
     "abs_histogram",
     "check_usable",
+    "consensus_apply",
+    "consensus_apply_many",
     "count_nonfinite",
     "hashed_mask",
     "key_histogram",
@@ -37,6 +40,8 @@ __all__ = [
     "magnitude_bounds_many",
     "tie_counts",
     "topk_mask",
+    "kept_masks",
+    "l1_sums",
     "zero_nonfinite_",
 ]
 

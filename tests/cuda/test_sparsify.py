@@ -1,0 +1,72 @@
+"""Masks and exact sums in CUDA C++ where their kernels part ways: parts of tie blocks, rows, all exponents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastmerge import ops
+from fastmerge.backends import reference
+from fastmerge.backends.rule import TIE_BLOCK, SparsifyRule
+from fastmerge.errors import BackendError
+from tests.cuda.running import both_orders, needs_cuda, there, unaligned
+from tests.numeric import assert_bitwise_equal
+
+pytestmark = needs_cuda
+
+
+def band(numel: int, tensors: list[torch.Tensor], low: float, high: float) -> SparsifyRule:
+    """The elements between two shares, the greatest first."""
+    count = len(tensors)
+    found = reference.magnitude_bounds(
+        None, tensors, [int(low * numel)] * count, [int(high * numel)] * count, torch.float32
+    )
+    return SparsifyRule("band", bounds=there(found[0]), ties_before=there(found[1]))
+
+
+@both_orders
+@pytest.mark.parametrize("numel", [2047, 70001, 2 * TIE_BLOCK])
+def test_cuts_within_tie_blocks(order: str, numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMERGE_EMULATED_ORDER", order)
+    generator = torch.Generator().manual_seed(numel)
+    tensors = [torch.randint(-3, 4, (numel,), generator=generator).to(torch.bfloat16) for _ in range(2)]
+    for low, high in ((0.0, 0.5), (0.2, 0.7)):
+        rule = band(numel, tensors, low, high)
+        for function in (ops.kept_masks, ops.l1_sums):
+            expected = function(None, tensors, rule, backend="reference")
+            assert_bitwise_equal(function(None, [there(x) for x in tensors], rule, backend="cuda").cpu(), expected)
+
+
+@both_orders
+def test_sums_of_all_exponents(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMERGE_EMULATED_ORDER", order)
+    generator = torch.Generator().manual_seed(1)
+    bits = torch.randint(-(2**31), 2**31, (100003,), generator=generator).to(torch.int32)
+    largest = torch.full((150001,), torch.finfo(torch.float32).max)
+    for x in (bits.view(torch.float32), largest, (bits & 0x7FFFFF).view(torch.float32)):
+        expected = ops.l1_sums(None, [x], SparsifyRule(), backend="reference")
+        for given in (x, unaligned(x, 5)):
+            assert_bitwise_equal(ops.l1_sums(None, [there(given)], SparsifyRule(), backend="cuda").cpu(), expected)
+
+
+@both_orders
+@pytest.mark.parametrize(("rows", "length"), [(33, 3), (19, 1000), (1, 70000), (700, 1), (3, 5000)])
+def test_rows_in_groups(rows: int, length: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMERGE_EMULATED_ORDER", order)
+    monkeypatch.setattr("fastmerge.backends.cuda.sparsify.SORTED", 1)
+    generator = torch.Generator().manual_seed(rows)
+    base = torch.randn(rows, length, generator=generator).to(torch.bfloat16)
+    tensors = [(base + 0.1 * torch.randn(rows, length, generator=generator)).to(torch.bfloat16), base.clone()]
+    tensors += [torch.randn(rows, length, generator=generator)]
+    spread = [0.1, 0.45, 0.0]
+    rule = SparsifyRule("della", None, None, [0.4, 0.5, 0.3], spread, length, 2**64 - 3, 11, [0, 1, 4095], 4 * length)
+    expected = ops.kept_masks(base, tensors, rule, backend="reference")
+    found = ops.kept_masks(there(base), [there(x) for x in tensors], rule, backend="cuda")
+    assert_bitwise_equal(found.cpu(), expected)
+
+
+def test_too_many_models() -> None:
+    x = there(torch.ones(3))
+    for function in (ops.kept_masks, ops.l1_sums):
+        with pytest.raises(BackendError, match="at most 128 models"):
+            function(None, [x] * 129, SparsifyRule(), backend="cuda")
