@@ -11,12 +11,30 @@ import torch
 
 from ..rule import TIE_BLOCK
 from .launch import EMULATED, compiled
+from .pcb import (
+    pcb_apply,
+    pcb_extremes,
+    pcb_histogram,
+    pcb_score_bounds,
+    pcb_scores,
+    pcb_sums,
+    pcb_window_,
+    score_keys,
+)
 from .sparsify import count_nonfinite, zero_nonfinite_
 
 __all__ = [
     "DEVICES",
     "check_usable",
     "count_nonfinite",
+    "pcb_apply",
+    "pcb_extremes",
+    "pcb_histogram",
+    "pcb_score_bounds",
+    "pcb_scores",
+    "pcb_sums",
+    "pcb_window_",
+    "score_keys",
     "zero_nonfinite_",
 ]
 
