@@ -53,7 +53,8 @@ def _rows(base: Tensor | None, tensors: Sequence[Tensor]) -> tuple[Ref, bool, li
     """A chunk of n rows as kernels take it."""
     if len(tensors) > MOST_MODELS:
         raise BackendError(
-            f'the cuda backend takes at most {MOST_MODELS} rows in PCB-Merging, not {len(tensors)}; use backend="triton".'
+            f"the cuda backend takes at most {MOST_MODELS} rows in PCB-Merging, not {len(tensors)}; "
+            'use backend="triton".'
         )
     return inputs(base, list(tensors), torch.float32)[:4]
 
