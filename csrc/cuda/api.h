@@ -54,14 +54,14 @@ int kept_masks(Place place, const Models& models, const Rule& rule, uint8_t* mas
 int l1_sums(Place place, const Models& models, const Rule& rule, int64_t* limbs);  // int64[n, 2, kLimbs], of zeros
 // DELLA's step for some rows of one model: what ranks they have is known from their sorted keys.
 struct Rows {
-    Array base, x;    // from the rows' first element on; base.data == nullptr: no subtraction
+    Array base, x;  // from the rows' first element on; base.data == nullptr: no subtraction
     int32_t compute;
     int64_t count, length;
     double density, epsilon;
     uint64_t seed, tensor_id, offset;  // offset: of the rows' first element in its tensor
     uint32_t stream;
 };
-int row_keys(Place place, const Rows& rows, int32_t* keys);                            // [count, length]
+int row_keys(Place place, const Rows& rows, int32_t* keys);                          // [count, length]
 int row_masks(Place place, const Rows& rows, const int32_t* sorted, uint8_t* mask);  // ceil(count * length / 8) bytes
 
 // consensus
@@ -73,6 +73,17 @@ int consensus_apply(Place place, const Models& models, const Rule& rule, const F
 // Many tensors, whose dtypes are those of `models`, `add` and out; `parts` parts of `part` elements, or less at an end.
 int consensus_apply_many(Place place, const Models& models, const Rule& rule, const Formula& formula, Array add,
                          int32_t out_dtype, const Tensors& tensors, int64_t parts, int64_t part);
+// pcb
+int pcb_sweep(Place place, const PcbArgs& args, const PcbSweepArgs& sweep);
+int pcb_apply(Place place, const PcbArgs& args, const float* thresholds, const float* weights, void* out,
+              int32_t out_dtype, float* scale);  // weights: n numbers of the host. scale: [n, numel] or nullptr
+int pcb_extremes(Place place, const Models& models, int32_t* ordered);  // [pairs, 2] ordered bits, widened
+int pcb_sums(Place place, const PcbArgs& args, int64_t* limbs);         // adds to [n + pairs, 12]
+int pcb_collected_halves(Place place, int32_t rows, const uint32_t* keys, int64_t capacity, const int64_t* collected,
+                         const int64_t* prefix, int64_t* counts);  // as kPcbHistogram, of collected keys
+int pcb_pick(Place place, int32_t rows, const int64_t* counts, int64_t* prefix, int64_t* rank);
+int pcb_settle(Place place, int32_t rows, const int64_t* rank, const int32_t* window, const int64_t* collected,
+               int64_t capacity, const int64_t* prefix, int64_t* found, int32_t* missing);
 
 }  // namespace cuda
 FM_NAMESPACE_END

@@ -212,7 +212,7 @@ FM_DEVICE void load_members(const Part& part, int32_t first, int32_t n, int32_t 
 // ---------------
 
 template <int kMost>
-FM_KERNEL_OF(kThreads, kMost <= 3 ? 3 : 2)
+FM_KERNEL_RESIDENT(kThreads, kMost <= 3 ? 3 : 2)
 merge_kernel(FM_LARGE Merge merge) {
     Part& part = shared<Part>();
     open_part(merge, part);
@@ -268,11 +268,10 @@ merge_kernel(FM_LARGE Merge merge) {
 }
 
 // --- without an election
-// ----------------------------------------------------------------------------------------------
 
 // kGeneral: of any type, and rounded to any compute dtype.
 template <bool kGeneral>
-FM_KERNEL_OF(kThreads, 2)
+FM_KERNEL_RESIDENT(kThreads, 2)
 sum_kernel(FM_LARGE Merge merge) {
     constexpr int kGroup = kGeneral ? 2 : 4;  // models that are loaded together
     Part& part = shared<Part>();
@@ -316,10 +315,9 @@ sum_kernel(FM_LARGE Merge merge) {
 }
 
 // --- sums of both signs: any number of models, any election, any compute dtype
-// ----------------------------------------
 
 template <bool kRounds>
-FM_KERNEL_OF(kThreads, 2)
+FM_KERNEL_RESIDENT(kThreads, 2)
 merge_signs_kernel(FM_LARGE Merge merge) {
     constexpr int kGroup = 2;
     Part& part = shared<Part>();
@@ -385,7 +383,6 @@ merge_signs_kernel(FM_LARGE Merge merge) {
 }
 
 // --- which kernel
-// -----------------------------------------------------------------------------------------------------
 
 int launch_parts(const Merge& merge, int64_t grid, void* stream) {
     int32_t n = merge.models.count;

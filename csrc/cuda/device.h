@@ -22,12 +22,14 @@ FM_NAMESPACE_END
 #include <cuda_runtime.h>
 
 #define FM_DEVICE __device__ __forceinline__
+#define FM_METHOD __device__ __forceinline__
 #define FM_KERNEL(threads) static __global__ void __launch_bounds__(threads)
-// As many blocks shall fit a processor: a limit of registers.
-#define FM_KERNEL_OF(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
+// So many blocks shall find room on a processor together.
+#define FM_KERNEL_RESIDENT(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 // A parameter that is large: it stays where the launch put it.
 #define FM_LARGE const __grid_constant__
 #define FM_UNROLL _Pragma("unroll")
+#define FM_ROLLED _Pragma("unroll 1")
 
 FM_NAMESPACE_BEGIN
 namespace cuda {
@@ -56,6 +58,10 @@ template <class T>
 FM_DEVICE T from_across(T value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+FM_DEVICE uint32_t sum_of_warp(uint32_t value) { return __reduce_add_sync(0xffffffffu, value); }
+FM_DEVICE uint32_t max_of_warp(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
+FM_DEVICE int32_t max_of_warp(int32_t value) { return __reduce_max_sync(0xffffffffu, value); }
+FM_DEVICE int32_t min_of_warp(int32_t value) { return __reduce_min_sync(0xffffffffu, value); }
 
 // Each returns what was there before.
 FM_DEVICE uint32_t atomic_add(uint32_t* to, uint32_t value) { return atomicAdd(to, value); }
@@ -71,6 +77,7 @@ FM_DEVICE int32_t atomic_exchange_if(int32_t* to, int32_t expected, int32_t valu
 }
 FM_DEVICE int32_t atomic_min(int32_t* to, int32_t value) { return atomicMin(to, value); }
 FM_DEVICE int32_t atomic_max(int32_t* to, int32_t value) { return atomicMax(to, value); }
+FM_DEVICE uint32_t atomic_max(uint32_t* to, uint32_t value) { return atomicMax(to, value); }
 FM_DEVICE int64_t atomic_max(int64_t* to, int64_t value) {
     return atomicMax(reinterpret_cast<long long*>(to), static_cast<long long>(value));
 }
@@ -96,6 +103,7 @@ FM_DEVICE void store8bytes(void* to, uint64_t value) {
 // The low 32 bits of two words, of which `high` comes after `low`, from bit `bits` (0 to 31) on.
 FM_DEVICE uint32_t from_bit(uint32_t low, uint32_t high, uint32_t bits) { return __funnelshift_r(low, high, bits); }
 FM_DEVICE int count_bits(uint32_t value) { return __popc(value); }
+FM_DEVICE int lowest_bit(uint32_t value) { return __ffs(static_cast<int>(value)) - 1; }  // of one that is not 0
 FM_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 template <class T>

@@ -15,10 +15,12 @@
 #include "fastmerge/platform.h"
 
 #define FM_DEVICE static inline
+#define FM_METHOD inline
 #define FM_KERNEL(threads) static void
-#define FM_KERNEL_OF(threads, blocks) static void
+#define FM_KERNEL_RESIDENT(threads, blocks) static void
 #define FM_LARGE const
 #define FM_UNROLL
+#define FM_ROLLED
 
 namespace fastmerge {
 namespace emulated {
@@ -81,6 +83,26 @@ template <class T>
 FM_DEVICE T from_across(T value, int mask) {
     return from_lane(value, lane() ^ mask);
 }
+FM_DEVICE uint32_t sum_of_warp(uint32_t value) {
+    const uint64_t* said = meet(Wait::kWarp, value);
+    uint32_t sum = 0;
+    for (int i = 0; i < 32; ++i) sum += static_cast<uint32_t>(said[i]);
+    return sum;
+}
+template <class T>
+FM_DEVICE T max_of_warp(T value) {
+    const uint64_t* said = meet(Wait::kWarp, static_cast<uint64_t>(value));
+    T most = static_cast<T>(said[0]);
+    for (int i = 1; i < 32; ++i) most = static_cast<T>(said[i]) > most ? static_cast<T>(said[i]) : most;
+    return most;
+}
+template <class T>
+FM_DEVICE T min_of_warp(T value) {
+    const uint64_t* said = meet(Wait::kWarp, static_cast<uint64_t>(value));
+    T least = static_cast<T>(said[0]);
+    for (int i = 1; i < 32; ++i) least = static_cast<T>(said[i]) < least ? static_cast<T>(said[i]) : least;
+    return least;
+}
 
 template <class T>
 FM_DEVICE T atomic_add(T* to, typename std::common_type<T>::type value) {
@@ -138,6 +160,7 @@ FM_DEVICE uint32_t from_bit(uint32_t low, uint32_t high, uint32_t bits) {
     return static_cast<uint32_t>(((static_cast<uint64_t>(high) << 32) | low) >> (bits & 31u));
 }
 FM_DEVICE int count_bits(uint32_t value) { return __builtin_popcount(value); }
+FM_DEVICE int lowest_bit(uint32_t value) { return __builtin_ctz(value); }
 FM_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
     return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
 }

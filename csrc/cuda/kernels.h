@@ -84,11 +84,36 @@ struct Formula {
 // Where the merge of many tensors finds them, in the device's memory. Each is taken in parts.
 struct Tensors {
     // For each tensor: length, base, out, tensor id, number of its first part, of its first tie block, then its models.
-    const int64_t* table;  // nullptr: one tensor, by value
+    const int64_t* table;      // nullptr: one tensor, by value
     const int32_t* tensor_of;  // each part's
 };
 
 constexpr int kTensorRow = 6;  // numbers of a tensor before its models
+
+// What PCB-Merging makes scores of; fastmerge/pcb.h has the variants.
+struct PcbArgs {
+    Models models;
+    const float* clip;      // [n, 2], the bounds of magnitudes; the released variants'
+    const float* extremes;  // [pairs, 2], the bounds of products; of kPcbPaper, as the means are
+    const float* means;     // [n + pairs]
+    int32_t variant;
+};
+
+// What becomes of the scores. Score keys are those of fastmerge/pcb.h.
+enum PcbSweep : int32_t { kPcbScores = 0, kPcbWindow = 1, kPcbHistogram = 2, kPcbSample = 3, kPcbCollect = 4 };
+
+struct PcbSweepArgs {
+    int32_t sweep;
+    const int32_t* missing;  // nothing is done where it is 0; nullptr: always
+    void* out;               // [n, stride], of the sweep what is kept: scores, or keys as int32 that order as they do
+    int64_t stride;
+    const int64_t* low;  // [n] kPcbWindow: the first key. kPcbHistogram: the high half of the keys counted, or -1: all
+    int64_t* counts;     // [n, 1 + width] past and in the window; [n, 65536]; kPcbCollect: [n, 4]
+    int64_t width;
+    int64_t* highest;       // [n], the highest key so far; nullptr: not wanted
+    const int32_t* window;  // [n, 2] kPcbCollect: two keys, as int32 that order as they do
+    int64_t runs, first;    // kPcbSample: so many runs of neighbours, of which the first goes there in `out`
+};
 
 }  // namespace cuda
 FM_NAMESPACE_END

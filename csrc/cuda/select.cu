@@ -21,7 +21,6 @@ constexpr int kRowBits = 11;                 // a row of counts in a descent
 constexpr int64_t kUnit = kTieBlock / 4;     // elements by which blocks divide the work
 
 // --- what a launch goes through
-// ---------------------------------------------------------------------------------------
 
 // One tensor of it.
 struct Tensor {
@@ -56,7 +55,6 @@ FM_DEVICE int64_t blocks_of(const Tensor& tensor) {
 }
 
 // --- keys
-// -------------------------------------------------------------------------------------------------------------
 
 struct Source {
     Array base, x;
@@ -185,7 +183,6 @@ FM_DEVICE void each_key(const Source& source, int64_t begin, int64_t end, Use us
 }
 
 // --- counting
-// ---------------------------------------------------------------------------------------------------------
 
 // Bins from .. from + inside - 1 are in shared memory, and so is bin 0, behind them: many deltas are 0.
 struct Bins {
@@ -330,7 +327,6 @@ count_digit_kernel(FM_LARGE Work work, int32_t shift, const int64_t* state, int6
 }
 
 // --- choosing
-// ---------------------------------------------------------------------------------------------------------
 
 // The digit in which a rank (1 is the largest key) falls, how many keys have a greater one, and how many this one.
 struct Located {
@@ -429,7 +425,6 @@ choose_digit_kernel(FM_LARGE Work work, Digit digit, bool leading, int64_t* stat
 }
 
 // --- ties
-// -------------------------------------------------------------------------------------------------------------
 
 // How many keys of a part of a tensor equal each of two; in all threads of the block. `totals` is shared.
 template <int kBlock, bool kRaw>
@@ -505,7 +500,6 @@ sum_ties_kernel(FM_LARGE Work work, const int64_t* bounds, const int32_t* found,
 }
 
 // --- small tensors
-// ----------------------------------------------------------------------------------------------------
 
 struct Small {
     Scratch scratch;
@@ -564,7 +558,6 @@ bounds_of_small_kernel(FM_LARGE Work work, int64_t* bounds, int64_t* ties_before
 }
 
 // --- a window of keys
-// -------------------------------------------------------------------------------------------------
 
 // Counts of a few keys in shared memory, each where its low bits say: the keys of a window are few, or many elements
 // have the same. A key that finds its place taken is counted in the device's memory.
@@ -631,7 +624,6 @@ FM_KERNEL(kThreads) count_window_kernel(FM_LARGE Work work, int64_t width, int64
 }
 
 // --- masks
-// ------------------------------------------------------------------------------------------------------------
 
 // What a bound says of one tie block: the rank of keys below `limit` is at least the bound's, and of others it is not;
 // or the block is the one in which it cuts equals.

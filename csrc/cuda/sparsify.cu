@@ -45,7 +45,6 @@ FM_KERNEL(kThreads) zero_nonfinite_kernel(void* data, int32_t dtype, int64_t num
 }
 
 // --- one model in each block: exact sums, masks
-// -----------------------------------------------------------------------
 
 // Neighbouring blocks take the same part of all models, so that the base is read once.
 struct Each {
@@ -199,7 +198,6 @@ FM_KERNEL(kThreads) carry_kernel(int64_t* limbs, int32_t sums) {
 static_assert(2 * kMostModels <= kThreads, "a thread for each sum");
 
 // --- DELLA: ranks within rows
-// -----------------------------------------------------------------------------------------
 
 FM_DEVICE void row_delta(const Rows& rows, int64_t at, int64_t end, float* delta) {
     float base[kEach];

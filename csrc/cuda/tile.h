@@ -18,7 +18,6 @@ constexpr int kTilesPerTieBlock = static_cast<int>(kTieBlock / kTile);
 FM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // --- loads
-// ------------------------------------------------------------------------------------------------------------
 
 // Sixteen bytes that begin at byte `shift` (1 to 15) of the first of two words of 16 bytes.
 FM_INLINE void shifted16(const uint32_t* first, const uint32_t* second, uint32_t shift, uint32_t* out) {
@@ -116,14 +115,15 @@ FM_DEVICE void delta8(Array x, bool subtract, int32_t compute, int64_t at, int64
     round8(compute, out);
 }
 
-// Eight elements as they lie in memory, of types of 16 bits or (kWide) of any: so that loads of several tensors are under
-// way before the first of them is waited for.
+// Eight elements as they lie in memory, of types of 16 bits or (kWide) of any: so that loads of several tensors are
+// under way before the first of them is waited for.
 template <bool kWide>
 struct Raw {
     uint32_t word[kWide ? 8 : 4];
 };
 
-// Sixteen bytes from anywhere. Words of 16 bytes that begin at `limit` or past it are not read; what is past it is rubbish.
+// Sixteen bytes from anywhere. Words of 16 bytes that begin at `limit` or past it are not read; what is past it is
+// rubbish.
 FM_DEVICE void load_bytes_before(const char* from, const char* limit, uint32_t* out) {
     uint32_t shift = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from) & 15u);
     const char* start = from - shift;
@@ -133,8 +133,8 @@ FM_DEVICE void load_bytes_before(const char* from, const char* limit, uint32_t* 
     shifted16(first.word, second.word, shift, out);
 }
 
-// Elements at .. at + 7, of which the first is before `end`; those from `end` on are rubbish. simple: the data begin at a
-// multiple of 16 bytes, and none is past the end.
+// Elements at .. at + 7, of which the first is before `end`; those from `end` on are rubbish. simple: the data begin at
+// a multiple of 16 bytes, and none is past the end.
 template <bool kWide>
 FM_DEVICE void load_raw(Array x, int64_t at, int64_t end, bool simple, Raw<kWide>& out) {
     int64_t size = kWide ? dtype_size(x.dtype) : 2;
@@ -176,7 +176,7 @@ FM_DEVICE void widen_raw(const Raw<kWide>& raw, int32_t dtype, float* out) {
     }
 }
 
-// --- stores -----------------------------------------------------------------------------------------------------------
+// --- stores
 
 FM_INLINE uint32_t rounded_bits(int32_t dtype, float value) {
     if (dtype == kFloat32) return bit_cast<uint32_t>(canonical(value));
@@ -214,7 +214,6 @@ FM_DEVICE void store8(void* data, int32_t dtype, int64_t at, int64_t end, const 
 }
 
 // --- a block together
-// -------------------------------------------------------------------------------------------------
 
 // What the threads before this one have together, and what all have, over a block of kThreads. Called by all of them.
 // `partial` is shared memory for kWarps + 1 numbers, not to be used for anything else before the next barrier.

@@ -24,6 +24,17 @@ from .select import (
     topk_mask,
 )
 from .sparsify import count_nonfinite, kept_masks, l1_sums, zero_nonfinite_
+from .pcb import (
+    pcb_apply,
+    pcb_extremes,
+    pcb_histogram,
+    pcb_score_bounds,
+    pcb_scores,
+    pcb_sums,
+    pcb_window_,
+    score_keys,
+)
+from .sparsify import count_nonfinite, zero_nonfinite_
 
 __all__ = [
     "DEVICES",
@@ -42,6 +53,14 @@ __all__ = [
     "topk_mask",
     "kept_masks",
     "l1_sums",
+    "pcb_apply",
+    "pcb_extremes",
+    "pcb_histogram",
+    "pcb_score_bounds",
+    "pcb_scores",
+    "pcb_sums",
+    "pcb_window_",
+    "score_keys",
     "zero_nonfinite_",
 ]
 

@@ -1,0 +1,226 @@
+"""PCB-Merging in CUDA C++ where it differs from other backends: few rows and many, tiles, ranks on the way."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastmerge import ops
+from fastmerge.backends.rule import PcbRule
+from fastmerge.errors import BackendError
+from fastmerge.reference import pcb as reference
+from tests.numeric import assert_bitwise_equal
+from tests.strategies import DTYPES
+
+launch = pytest.importorskip("fastmerge.backends.cuda.launch", exc_type=ImportError)
+pcb = pytest.importorskip("fastmerge.backends.cuda.pcb", exc_type=ImportError)
+
+pytestmark = [
+    pytest.mark.skipif(not launch.EMULATED, reason="tests/gpu has the tests that run on a GPU"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+
+each_variant = pytest.mark.parametrize("variant", ("script", "vision", "vision_es", "paper"))
+
+
+def from_byte(shift: int, x: Tensor) -> Tensor:
+    """The same numbers, from byte `shift` of some memory on."""
+    memory = bytearray(shift) + bytearray(x.view(torch.uint8).numpy().tobytes())
+    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=shift)
+
+
+def models(n: int, count: int, mixed: bool = False, odd: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """A base and models near it; `odd`: they begin at bytes that are no multiple of anything."""
+    generator = torch.Generator().manual_seed(n)
+    base = torch.randn(count, generator=generator)
+    rows = [base + 0.1 * torch.randn(count, generator=generator) for _ in range(n)]
+    rows = [x.to(DTYPES[i % 3] if mixed else torch.bfloat16) for i, x in enumerate(rows)]
+    base = base.bfloat16()
+    return (from_byte(5, base), [from_byte(1 + i, x) for i, x in enumerate(rows)]) if odd else (base, rows)
+
+
+def found(by: Any, base: Tensor | None, rows: list[Tensor], rule: PcbRule, low: list[int]) -> list[Tensor]:
+    """What all kernels of one backend make of these rows."""
+    n, count = len(rows), rows[0].numel()
+    counts, highest = torch.zeros(n, 301, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
+    by.pcb_window_(base, rows, rule, low, counts, highest)
+    out, scale = torch.empty(count + 1, dtype=torch.float16)[1:], torch.empty(n, count)
+    by.pcb_apply(base, rows, rule, [0.3, -1.0, 2.0, 1.0][: min(n, 4)] + [0.7] * (n - 4), out, scale)
+    results = [counts, highest, out, scale, by.pcb_scores(base, rows, rule)]
+    results.append(by.pcb_histogram(base, rows, rule, [-1, low[-1] >> 16, *[-1] * n][:n]))
+    if rule.variant == "paper":
+        results += [by.pcb_extremes(base, rows), by.pcb_sums(base, rows, rule)]
+    return results
+
+
+@each_variant
+@pytest.mark.parametrize("n", range(1, 13))
+def test_few_rows_and_more(variant: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of every count to a dozen: mixed dtypes, any first byte, no base, both orders, much and little memory."""
+    monkeypatch.setenv("FASTMERGE_EMULATED_ORDER", "reverse" if n % 2 else "forward")
+    monkeypatch.setenv("FASTMERGE_EMULATED_SHARED", str(101376 if n % 3 == 1 else 232448))
+    base: Tensor | None
+    base, rows = models(n, 1100 + n, mixed=n % 3 == 0, odd=n % 2 == 1)
+    base = None if n % 4 == 2 else base
+    rule = ops.pcb_rule(rows, base=base, variant=variant, density=0.3, backend="reference")
+    assert rule.thresholds is not None
+    low = [max(0, int(key) - 150) for key in ops.score_keys(rule.thresholds[:, 0].contiguous())]
+    for got, expected in zip(found(pcb, base, rows, rule, low), found(reference, base, rows, rule, low), strict=True):
+        assert_bitwise_equal(got, expected)
+
+
+@each_variant
+def test_as_many_rows_as_one_launch_takes(variant: str) -> None:
+    rows = models(pcb.MOST_MODELS, 45)[1]
+    edges = torch.tensor([[0.0, 1.0]]).repeat(pcb.MOST_MODELS, 1)
+    pairs = pcb.MOST_MODELS * (pcb.MOST_MODELS + 1) // 2
+    rule = PcbRule(variant, clip=edges, thresholds=edges)
+    if variant == "paper":
+        extremes = pcb.pcb_extremes(None, rows)
+        assert_bitwise_equal(extremes, reference.pcb_extremes(None, rows))
+        rule = PcbRule("paper", extremes=extremes, means=torch.ones(pairs + len(rows)), thresholds=edges)
+        assert_bitwise_equal(pcb.pcb_sums(None, rows, rule), reference.pcb_sums(None, rows, rule))
+    assert_bitwise_equal(pcb.pcb_scores(None, rows, rule), reference.pcb_scores(None, rows, rule))
+    with pytest.raises(BackendError, match='at most 128 rows in PCB-Merging, not 129; use backend="triton"'):
+        pcb.pcb_scores(None, [*rows, rows[0]], rule)
+
+
+@pytest.mark.parametrize("kind", ["equal", "zero", "two", "nan"])
+def test_scores_that_are_alike_are_all_counted(kind: str) -> None:
+    """What a warp has in common is added at once."""
+    x = torch.linspace(0.5, 1.0, 1100)
+    rows = {
+        "equal": [torch.ones(1100), torch.ones(1100)],
+        "zero": [torch.where(x < 0.95, 0.0, x), torch.where(x < 0.9, 0.0, -x)],
+        "two": [(x > 0.7).float(), (x > 0.8).float() - 2],
+        "nan": [torch.where(x < 0.7, math.nan, x), x],
+    }[kind]
+    rule = PcbRule("vision_es", clip=torch.tensor([[0.25, 1.0]] * 2))
+    keys = ops.score_keys(ops.pcb_scores(None, rows, rule, backend="reference"))
+    for low in [[int(row.mode().values) - 3 for row in keys], [int(row.max()) for row in keys], [1 << 31, 0]]:
+        counted = []
+        for by in (pcb, reference):
+            counts, highest = torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+            by.pcb_window_(None, rows, rule, [max(0, key) for key in low], counts, highest)
+            histogram = by.pcb_histogram(None, rows, rule, [-1, max(0, low[1]) >> 16])
+            counted.append((counts, highest, histogram))
+        for got, expected in zip(*counted, strict=True):
+            assert_bitwise_equal(got, expected)
+
+
+@pytest.mark.parametrize("n", [2, 20])
+def test_sums_of_exponentials_that_are_far_apart(n: int) -> None:
+    """More than 26 binades of one another, denormals among them, and what is not finite left out."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(700, generator=generator) for _ in range(n)]
+    rows[1][5] = math.inf
+    extremes = torch.tensor([[0.0, 0.05], [-0.01, 0.02], [3.0, 2.0]]).repeat(n * (n + 1) // 6, 1)
+    rule = PcbRule("paper", extremes=extremes)
+    assert_bitwise_equal(pcb.pcb_sums(None, rows, rule), reference.pcb_sums(None, rows, rule))
+
+
+def test_extremes_without_a_number_and_of_zeros() -> None:
+    rows = [torch.full((9,), math.nan), torch.tensor([0.0, -1.0, 0.0] * 3), torch.tensor([-1.0, 0.0, -0.0] * 3)]
+    extremes = pcb.pcb_extremes(None, rows)
+    assert extremes[0].tolist() == [math.inf, -math.inf]
+    assert_bitwise_equal(extremes, reference.pcb_extremes(None, rows))
+    rows = [torch.tensor([math.inf, 3.4e38]), torch.tensor([-3.4e38, 3.4e38])]
+    assert_bitwise_equal(pcb.pcb_extremes(None, rows), reference.pcb_extremes(None, rows))
+
+
+# -- ranks of whole rows ----------------------------------------------------------------------------------------------
+
+
+def whole_rows(kind: str, n: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    rows = [0.1 * torch.randn(9000, generator=generator) for _ in range(n)]
+    if kind == "coarse":
+        rows = [(x * 30).round() / 32 for x in rows]
+    elif kind == "sparse":
+        rows = [torch.where(torch.rand(9000, generator=generator) < 0.9, 0.0, x) for x in rows]
+    elif kind == "nan":
+        rows[0][:4500] = math.nan
+    elif kind == "equal":
+        rows[0][:] = 0.5
+    return rows
+
+
+WAYS = {
+    "sorted": {"_SORTED": 9000},
+    "halves": {"_SORTED": 0},
+    "sample": {"_SORTED": 0, "_SAMPLED_FROM": 1, "_SAMPLED": 0.3, "_COLLECTED": 4},
+    "sample in vain": {"_SORTED": 0, "_SAMPLED_FROM": 1, "_SAMPLED": 0.3, "_COLLECTED": 9000, "_LEAST_COLLECTED": 1},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("variant", "kind", "n"),
+    [
+        ("script", "normal", 2),
+        ("vision_es", "coarse", 2),
+        ("vision", "sparse", 3),
+        ("nlp", "nan", 2),
+        ("paper", "normal", 2),
+        ("paper", "equal", 2),
+        ("script", "sparse", 9),
+    ],
+)
+def test_keys_at_ranks_of_whole_rows(
+    variant: str, kind: str, n: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one sweep where a sample helps, in two more where it does not: what sorting finds, however rows are cut."""
+    rows = whole_rows(kind, n)
+    rule = ops.pcb_rule(rows, variant=variant, backend="reference")
+    scores = ops.score_keys(reference.pcb_scores(None, rows, rule)).sort(dim=1, descending=True).values
+    chunks = [(None, [x[start:stop] for x in rows]) for start, stop in ((0, 4000), (4000, 4001), (4001, 9000))]
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(pcb, name, value)
+    missing: list[int] = []
+    original = pcb._among_collected
+
+    def watched(*arguments: Any) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = original(*arguments)
+        missing.append(int(result[1]))
+        return result
+
+    monkeypatch.setattr(pcb, "_among_collected", watched)
+    for ranks in ([900 + i for i in range(n)], [1] * n, [9000] * n):
+        keys, highest = pcb.pcb_score_bounds(chunks, rule, ranks)
+        assert keys.tolist() == [row[rank - 1] for row, rank in zip(scores.tolist(), ranks)]
+        assert highest.tolist() == scores[:, 0].tolist()
+    if way == "sample":
+        assert missing == [0, 0, 0]
+    elif way == "sample in vain" and kind == "normal":
+        assert missing[0] == n
+
+
+def test_nobody_waits_for_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number of the GPU is asked for on the host."""
+    monkeypatch.setattr(pcb, "_SORTED", 0)
+    monkeypatch.setattr(pcb, "_SAMPLED_FROM", 1)
+    monkeypatch.setattr(pcb, "_SAMPLED", 0.3)
+    rows = [torch.linspace(-1, 2, 2000), torch.linspace(3, -1, 2000)]
+    rule = ops.pcb_rule(rows, backend="reference")
+
+    def waits(self: Tensor) -> Any:
+        raise AssertionError("the host waits for the GPU")
+
+    with monkeypatch.context() as patched:
+        for name in ("item", "tolist", "__int__", "__float__", "__bool__", "__index__"):
+            patched.setattr(Tensor, name, waits)
+        keys, highest = pcb.pcb_score_bounds([(None, rows)], rule, [200, 300])
+        thresholds = ops.pcb_thresholds(keys, highest, [0.1, 0.15], "vision_es")
+    scores = reference.pcb_scores(None, rows, rule).sort(dim=1, descending=True).values
+    assert_bitwise_equal(thresholds, torch.stack([scores[[0, 1], [199, 299]], scores[:, 0]], dim=1))
+
+
+def test_a_row_too_short_to_be_sampled_has_no_window() -> None:
+    rows = [torch.linspace(-1, 1, 50), torch.linspace(1, -1, 50)]
+    rule = ops.pcb_rule(rows, backend="reference")
+    window = pcb._likely_window([(None, rows)], rule, [5, 6], [50], 3)
+    assert window.tolist() == [[-(1 << 31), (1 << 31) - 1]] * 2
