@@ -12,6 +12,16 @@ import torch
 from ..rule import TIE_BLOCK
 from .consensus import consensus_apply, consensus_apply_many
 from .launch import EMULATED, compiled
+from .pcb import (
+    pcb_apply,
+    pcb_extremes,
+    pcb_histogram,
+    pcb_score_bounds,
+    pcb_scores,
+    pcb_sums,
+    pcb_window_,
+    score_keys,
+)
 from .select import (
     abs_histogram,
     hashed_mask,
@@ -24,35 +34,22 @@ from .select import (
     topk_mask,
 )
 from .sparsify import count_nonfinite, kept_masks, l1_sums, zero_nonfinite_
-from .pcb import (
-    pcb_apply,
-    pcb_extremes,
-    pcb_histogram,
-    pcb_score_bounds,
-    pcb_scores,
-    pcb_sums,
-    pcb_window_,
-    score_keys,
-)
-from .sparsify import count_nonfinite, zero_nonfinite_
 
 __all__ = [
     "DEVICES",
-    "abs_histogram",
     "check_usable",
+    "abs_histogram",
     "consensus_apply",
     "consensus_apply_many",
     "count_nonfinite",
     "hashed_mask",
+    "kept_masks",
     "key_histogram",
     "key_window_",
     "kth_magnitude",
+    "l1_sums",
     "magnitude_bounds",
     "magnitude_bounds_many",
-    "tie_counts",
-    "topk_mask",
-    "kept_masks",
-    "l1_sums",
     "pcb_apply",
     "pcb_extremes",
     "pcb_histogram",
@@ -61,6 +58,8 @@ __all__ = [
     "pcb_sums",
     "pcb_window_",
     "score_keys",
+    "tie_counts",
+    "topk_mask",
     "zero_nonfinite_",
 ]
 
