@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given
@@ -13,17 +11,7 @@ from fastmerge import ops
 from fastmerge.backends.rule import SparsifyRule
 from tests import strategies
 from tests.numeric import assert_bitwise_equal, poison_
-from tests.ops.running import FAST, configurations, each_backend, only, restored
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _configuration_restored() -> Iterator[None]:
-    contexts = [restored(name) for name in FAST]
-    for context in contexts:
-        context.__enter__()
-    yield
-    for context in contexts:
-        context.__exit__(None, None, None)
+from tests.ops.running import configurations, each_backend, only
 
 
 @each_backend

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -18,21 +18,11 @@ from fastmerge.backends.rule import PcbRule
 from fastmerge.errors import ArgumentError, ArgumentTypeError, FastmergeError
 from tests import strategies
 from tests.numeric import assert_bitwise_equal, poison_
-from tests.ops.running import FAST, configurations, each_backend, only, restored
+from tests.ops.running import FAST, configurations, each_backend, only
 
 VARIANTS = ("script", "nlp", "vision", "vision_es", "paper")
 each_working_backend = pytest.mark.parametrize("backend", ["reference", *FAST])
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _configuration_restored() -> Iterator[None]:
-    contexts = [restored(name) for name in FAST]
-    for context in contexts:
-        context.__enter__()
-    yield
-    for context in contexts:
-        context.__exit__(None, None, None)
 
 
 # -- equal bits -------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def test_sums_of_zeros(count: int, election: str, divisor: str) -> None:
         "compute": torch.float32,
         "out_dtype": torch.float32,
     }
-    for weight in (1.0, -1.0):
+    for weight in (1.0, -1.0, 0.0, -0.0):
         expected = ops.consensus_apply(None, rows, [weight] * count, **arguments, backend="reference")
         actual = ops.consensus_apply(None, rows, [weight] * count, **arguments, backend="triton")
         assert_bitwise_equal(actual, expected)

@@ -33,12 +33,19 @@ def _let_scalars_bound_loops() -> None:
 
 
 def _give_numbers_their_size() -> None:
-    """Let kernels have 2**31 to 2**32 - 1 as the int64 that they are called with, not as half of one (Triton 3.9)."""
+    """Let kernels have 2**31 to 2**32 - 1 as the int64 that they are called with, not as half of one (Triton 3.9).
+
+    And -0.0 as the float32 that it is, not as 0.0 (Triton 3.6): as a number of Python's it would lose its sign.
+    """
+    import triton.language as tl
     from triton.runtime import interpreter
 
     original = interpreter._implicit_cvt
 
     def patched(argument: Any) -> Any:
+        if type(argument) is float:
+            handle = interpreter.TensorHandle(numpy.array([argument], dtype=numpy.float32), tl.float32)
+            return tl.tensor(handle, tl.float32)
         made = original(argument)
         if type(argument) is int and 1 << 31 <= argument < 1 << 32:
             made.handle.data = made.handle.data.astype(numpy.int64)
