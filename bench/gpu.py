@@ -689,9 +689,9 @@ PARTS = {
     "kth": kth,
     "many": many,
     "pcb": pcb,
+    "llama": llama,
     "whole": whole,
     "hard": hard,
-    "llama": llama,
 }
 
 

@@ -3,30 +3,36 @@
 #
 #   bench/gpu_check.sh                        # all parts, under nine minutes
 #   bench/gpu_check.sh tests sanitizer        # some of: tests sanitizer bench
-#   OUT=results bench/gpu_check.sh bench      # where the log and the raw JSON go; default bench/results/local
+#   bench/gpu_check.sh results/h200 bench     # where the log and the raw JSON go; default $OUT, or bench/results/local
+#   bench/gpu_check.sh --dry-run              # the same steps on tiny inputs, interpreted and emulated, without a GPU
 #
-# Each step has its own time limit and the next one runs whatever became of it; a summary comes last, and the exit status
-# says whether all steps passed. Nothing is installed but the wheels in .whl/, if there are any, into a folder of their
-# own; no setting of the GPU is changed. PYTHON names the interpreter. FASTMERGE_DRY_RUN=1 runs the same steps on tiny
-# inputs in Triton's interpreter, without a GPU.
+# Both backends for GPUs are built, tested and measured: CUDA, where there is nvcc, and Triton. Each step has its own time
+# limit and the next one runs whatever became of it; figures are written as they come, a summary comes last, and the exit
+# status says whether all steps passed. Nothing is installed but the wheels in .whl/, if there are any, into a folder of
+# their own; no setting of the GPU is changed. PYTHON names the interpreter.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 usage() {
-    echo "usage: bench/gpu_check.sh [tests] [sanitizer] [bench]" >&2
+    echo "usage: bench/gpu_check.sh [--dry-run] [FOLDER/] [tests] [sanitizer] [bench]" >&2
     exit 2
 }
 
-parts=("$@")
-[ $# -gt 0 ] || parts=(tests sanitizer bench)
-for part in "${parts[@]}"; do
-    case "$part" in tests | sanitizer | bench) ;; *) usage ;; esac
+parts=()
+dry=0
+out=${OUT:-bench/results/local}
+for argument in "$@"; do
+    case "$argument" in
+    tests | sanitizer | bench) parts+=("$argument") ;;
+    --dry-run) dry=1 ;;
+    */*) out=$argument ;;
+    *) usage ;;
+    esac
 done
+[ ${#parts[@]} -gt 0 ] || parts=(tests sanitizer bench)
 wanted() { [[ " ${parts[*]} " == *" $1 "* ]]; }
 
 python=${PYTHON:-python3}
-dry=${FASTMERGE_DRY_RUN:-0}
-out=${OUT:-bench/results/local}
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
 log=$out/log.txt
@@ -40,7 +46,7 @@ if compgen -G ".whl/*.whl" >/dev/null; then
         >>"$log" 2>&1 && export PYTHONPATH="$PYTHONPATH:$scratch/site"
 fi
 if [ "$dry" = 1 ]; then
-    export TRITON_INTERPRET=1
+    export TRITON_INTERPRET=1 FASTMERGE_CUDA_EMULATED=1
 fi
 
 # -- steps -------------------------------------------------------------------------------------------------------------
@@ -132,7 +138,10 @@ if [ "$dry" = 1 ]; then
     step build 30 "$python" setup.py --version
 else
     # `python3 setup.py build_ext --inplace`, with a compiler for each core.
-    step build 60 env FASTMERGE_CPU=1 "$python" -c '
+    # For this GPU alone: another would take the longer list of setup.py.
+    capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2>/dev/null || echo 90)
+    [ "$capability" != 90 ] || capability=90a
+    step build 80 env FASTMERGE_CPU=1 FASTMERGE_CUDA_ARCHITECTURES="$capability" "$python" -c '
 import runpy, sys
 from pybind11.setup_helpers import ParallelCompile
 ParallelCompile(default=0).install()
@@ -156,15 +165,15 @@ if wanted tests; then
     else
         # Drawn calls meet hundreds of kernels, whose compilation takes a second each: that wants all cores.
         mapfile -t places < <(gpu_tests)
-        step tests 110 "${pytest[@]}" -m gpu -k "not test_equal_bits" --junitxml="$out/tests.xml" "${places[@]}"
-        step drawn 85 "${pytest[@]}" -m gpu -k test_equal_bits "${workers[@]}" --junitxml="$out/drawn.xml" "${places[@]}"
+        step tests 100 "${pytest[@]}" -m gpu -k "not test_equal_bits" --junitxml="$out/tests.xml" "${places[@]}"
+        step drawn 70 "${pytest[@]}" -m gpu -k test_equal_bits "${workers[@]}" --junitxml="$out/drawn.xml" "${places[@]}"
     fi
 fi
 
 if wanted sanitizer; then
     if [ "$dry" = 1 ] || [ -x "$sanitizer" ]; then
         for tool in memcheck racecheck; do
-            step "$tool" 45 sanitized "$tool" "${pytest[@]}" -k "$once and $variant" tests/gpu
+            step "$tool" 30 sanitized "$tool" "${pytest[@]}" -k "$once and $variant" tests/gpu
         done
     else
         skip memcheck "no compute-sanitizer here"
@@ -175,11 +184,17 @@ fi
 if wanted bench; then
     if [ "$dry" = 1 ]; then
         tiny=(--device cpu --elements 2048 --repeat 1 --models 2 3 --only consensus histogram)
-        step gpu.py 300 "$python" bench/gpu.py "${tiny[@]}" --json "$out/gpu.json"
+        for backend in cuda triton; do
+            step "$backend" 300 "$python" bench/gpu.py "${tiny[@]}" --backend "$backend" --json "$out/$backend.json"
+        done
+        step report 60 "$python" bench/report.py "$out/cuda.json" "$out/triton.json"
         step fastmerge 120 kept "$out/ops.json" "$python" -m fastmerge bench --op count_nonfinite --size 1000 --json
     else
-        step gpu.py 120 "$python" bench/gpu.py --seconds 90 --json "$out/gpu.json"
-        step fastmerge 35 kept "$out/ops.json" "$python" -m fastmerge bench --device cuda --json
+        for backend in cuda triton; do
+            step "$backend" 85 "$python" bench/gpu.py --backend "$backend" --seconds 65 --json "$out/$backend.json"
+        done
+        step report 10 "$python" bench/report.py "$out/cuda.json" "$out/triton.json"
+        step fastmerge 20 kept "$out/ops.json" "$python" -m fastmerge bench --device cuda --json
     fi
 fi
 

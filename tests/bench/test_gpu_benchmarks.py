@@ -13,6 +13,7 @@ from typing import Any
 import adversarial
 import gpu
 import pytest
+import report
 import torch
 
 from fastmerge import backends, ops
@@ -137,8 +138,8 @@ def test_the_checks_steps_end_within_nine_minutes() -> None:
     for name, limit, command in re.findall(r"^ *step (\S+) (\d+) (.*)$", CHECK.read_text(), re.MULTILINE):
         if not re.search(r"interpreter and|tiny|--size 1000|--version", command):  # these are of the dry run
             limits[name] = int(limit)
-    assert set(limits) == {"environment", "build", "tests", "drawn", '"$tool"', "gpu.py", "fastmerge"}
-    assert sum(limits.values()) + limits['"$tool"'] <= MOST_SECONDS  # there are two tools
+    assert set(limits) == {*("environment", "build", "tests", "drawn", '"$tool"', '"$backend"', "report", "fastmerge")}
+    assert sum(limits.values()) + limits['"$tool"'] + limits['"$backend"'] <= MOST_SECONDS  # of these there are two
 
 
 def test_the_check_changes_no_setting_of_the_gpu() -> None:
@@ -153,7 +154,7 @@ def test_the_check_changes_no_setting_of_the_gpu() -> None:
 
 
 def test_an_unknown_part_is_refused() -> None:
-    result = check("benchmarks", FASTMERGE_DRY_RUN="1")
+    result = check("benchmarks", "--dry-run")
     assert result.returncode == 2 and result.stderr.startswith("usage: ")
 
 
@@ -161,13 +162,15 @@ def test_an_unknown_part_is_refused() -> None:
 @pytest.mark.slow
 def test_a_dry_run_of_the_check_passes_every_step(tmp_path: Path) -> None:
     without_plugins = "-p no:timeout -p no:xdist -p no:benchmark"  # they may be missing where there is a GPU
-    result = check(FASTMERGE_DRY_RUN="1", OUT=str(tmp_path / "figures"), PYTEST_ADDOPTS=without_plugins)
+    result = check("--dry-run", str(tmp_path / "figures"), PYTEST_ADDOPTS=without_plugins)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr
     summary = result.stdout.partition("== summary")[2]
-    for step in ("environment", "build", "tests", "drawn", "memcheck", "racecheck", "gpu.py", "fastmerge"):
+    steps = "environment build tests drawn memcheck racecheck cuda triton report fastmerge"
+    for step in steps.split():
         assert re.search(rf"^{re.escape(step)} +passed", summary, re.MULTILINE), step
     made = sorted(file.name for file in (tmp_path / "figures").iterdir())
-    assert made == ["drawn.xml", "gpu.json", "log.txt", "ops.json", "tests.xml"]
+    assert made == ["cuda.json", "drawn.xml", "log.txt", "ops.json", "tests.xml", "triton.json"]
+    assert all(report.read(tmp_path / "figures" / f"{name}.json")["backend"] == name for name in ("cuda", "triton"))
     assert json.loads((tmp_path / "figures" / "ops.json").read_text())["rows"]
 
 
@@ -176,8 +179,8 @@ def test_a_step_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 3\n")
     python.chmod(0o755)
-    result = check("bench", FASTMERGE_DRY_RUN="1", OUT=str(tmp_path / "figures"), PYTHON=str(python))
+    result = check("bench", "--dry-run", OUT=str(tmp_path / "figures"), PYTHON=str(python))
     assert result.returncode == 1
     summary = result.stdout.partition("== summary")[2]
-    for step in ("environment", "build", "gpu.py", "fastmerge"):
+    for step in ("environment", "build", "cuda", "triton", "report", "fastmerge"):
         assert re.search(rf"^{re.escape(step)} +failed \(3\)", summary, re.MULTILINE), summary
