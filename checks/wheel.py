@@ -1,9 +1,14 @@
-"""The wheel works where it lands: built from the sources alone, installed elsewhere, run from an empty folder.
+"""Wheels work where they land: built from the sources alone, installed elsewhere, run from an empty folder.
 
-Twice: with the compiled kernels, and built without them (FASTMERGE_CPU=0), where the import must work all the same and
-`fastmerge env` must say why they are missing. torch and the rest are borrowed from the environment that runs the check.
+There are three. "cpu" has the kernels for CPUs, "cuda" those for NVIDIA GPUs, too, and "plain" has none: the import
+must work all the same, and `fastmerge env` must say why they are missing. torch and the rest are borrowed from the
+environment that runs the check. `--out DIR` keeps the wheels, all but the plain one.
+
+    python -m checks.wheel                      # build and check all that can be built here
+    python -m checks.wheel cpu --out dist       # one of them, to be given to others
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -17,6 +22,13 @@ from checks import ROOT
 
 SOURCES = ("setup.py", "pyproject.toml", "LICENSE", "README.md", "csrc", "fastmerge")
 
+VARIANTS = ("cpu", "cuda", "plain")
+SWITCHES = {
+    "cpu": {"FASTMERGE_CPU": "1", "FASTMERGE_CUDA": "0"},
+    "cuda": {"FASTMERGE_CPU": "1", "FASTMERGE_CUDA": "1"},
+    "plain": {"FASTMERGE_CPU": "0", "FASTMERGE_CUDA": "0"},
+}
+
 WITH_KERNELS = """
 import fastmerge, torch
 from fastmerge import ops
@@ -24,6 +36,13 @@ assert fastmerge.backends.available()["cpu"] is None, fastmerge.backends.availab
 x = torch.tensor([3.0, -5.0, 1.0, 4.0])
 assert float(ops.kth_magnitude([x], 2, backend="cpu")) == 4.0
 print(fastmerge.__file__)
+"""
+WITH_CUDA = """
+from fastmerge import _cuda, backends
+reason = backends.available()["cuda"]
+if not torch.cuda.is_available():
+    assert reason and "no NVIDIA GPU" in reason, f"without a GPU the cuda backend says: {reason}"
+assert _cuda.ARCHITECTURES, "nobody knows for which GPUs it was compiled"
 """
 WITHOUT_KERNELS = """
 import fastmerge, torch
@@ -35,19 +54,27 @@ print(fastmerge.__file__)
 """
 
 
-def problems(*, kernels: bool, root: Path = ROOT) -> list[str]:
-    """Build a wheel with or without kernels, install it into an empty environment and use it there."""
+def problems(variant: str, *, root: Path = ROOT, out: Path | None = None, architectures: str = "") -> list[str]:
+    """Build a wheel, install it into an empty environment and use it there; what is wrong. out: where it is kept."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        wheel = build(folder, kernels=kernels, root=root)
+        wheel = build(folder, variant, root=root, architectures=architectures)
         python = environment(folder / "env", wheel)
         empty = folder / "empty"
         empty.mkdir()
-        return [*_use(python, empty, folder / "env", kernels), *_ask(python, empty, kernels)]
+        found = [*_use(python, empty, folder / "env", variant), *_ask(python, empty, variant)]
+        if out is not None and not found:
+            # Both variants have the same name, which says what they need, and neither needs CUDA to be imported.
+            target = out / variant
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(wheel, target)
+        return found
 
 
-def build(folder: Path, *, kernels: bool, root: Path = ROOT) -> Path:
+def build(folder: Path, variant: str, *, root: Path = ROOT, architectures: str = "") -> Path:
     """The wheel of a copy of the sources: a build in the repository could pick up what an earlier one left.
+
+    architectures: for which GPUs, as FASTMERGE_CUDA_ARCHITECTURES has it; by default all.
 
     Raises:
         RuntimeError: the build failed.
@@ -60,12 +87,9 @@ def build(folder: Path, *, kernels: bool, root: Path = ROOT) -> Path:
             shutil.copytree(path, sources / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         elif path.exists():
             shutil.copy(path, sources)
-    _run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, sources],
-        cwd=folder,
-        FASTMERGE_CPU="1" if kernels else "0",
-        FASTMERGE_CUDA="0",
-    )
+    switches = SWITCHES[variant] | ({"FASTMERGE_CUDA_ARCHITECTURES": architectures} if architectures else {})
+    command = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, sources]
+    _run([sys.executable, "-m", "pip", *command], cwd=folder, **switches)
     (wheel,) = folder.glob("fastmerge-*.whl")
     return wheel
 
@@ -99,18 +123,21 @@ def environment(folder: Path, wheel: Path) -> Path:
     return python
 
 
-def _use(python: Path, empty: Path, env: Path, kernels: bool) -> list[str]:
-    code = WITH_KERNELS if kernels else WITHOUT_KERNELS
+def _use(python: Path, empty: Path, env: Path, variant: str) -> list[str]:
+    code = WITHOUT_KERNELS if variant == "plain" else WITH_KERNELS
+    if variant == "cuda":
+        code += WITH_CUDA
     try:
         where = Path(_run([python, "-c", code], cwd=empty).strip())
     except RuntimeError as error:
-        return [f"the wheel {'with' if kernels else 'without'} kernels does not work: {error}"]
+        return [f"the wheel {variant!r} does not work: {error}"]
     if not where.is_relative_to(env):
         return [f"the check looked at {where}, which is not the installed wheel"]
     return []
 
 
-def _ask(python: Path, empty: Path, kernels: bool) -> list[str]:
+def _ask(python: Path, empty: Path, variant: str) -> list[str]:
+    kernels = variant != "plain"
     try:
         lines = _run([python.with_name("fastmerge"), "env"], cwd=empty).splitlines()
     except RuntimeError as error:
@@ -139,11 +166,23 @@ def _run(command: list[str | Path], *, cwd: Path, **variables: str) -> str:
     return result.stdout
 
 
-def main() -> int:
-    """Check both kinds of wheel."""
-    found = [*problems(kernels=True), *problems(kernels=False)]
-    print("\n".join(found) or "the wheel works from an empty folder, with and without its kernels")
-    return 1 if found else 0
+def main(arguments: list[str] | None = None) -> int:
+    """Build and check wheels; 1 if anything is wrong with one."""
+    parser = argparse.ArgumentParser(prog="python -m checks.wheel", description=__doc__.splitlines()[0])
+    parser.add_argument("variants", nargs="*", choices=[*VARIANTS, []], default=[], help="by default all")
+    parser.add_argument("--out", type=Path, help="keep the wheels here")
+    parser.add_argument("--architectures", default="", help="GPUs to compile for, as in 80,90a")
+    chosen = parser.parse_args(arguments)
+    failed = 0
+    for variant in chosen.variants or VARIANTS:
+        try:
+            kept = None if variant == "plain" else chosen.out
+            found = problems(variant, out=kept, architectures=chosen.architectures)
+        except RuntimeError as error:
+            found = [f"the wheel {variant!r} cannot be built here: {error}"]
+        failed |= bool(found)
+        print("\n".join(found) or f"{variant}: works from an empty folder")
+    return int(failed)
 
 
 if __name__ == "__main__":
