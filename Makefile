@@ -17,10 +17,10 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-8s %s\n", $$1, $$2 }'
 
-demo: $(VENV)/.demo $(VENV)/.built  ## make a family of small models, merge it in six ways, score the results
+demo: $(VENV)/.demo $(VENV)/.kernels  ## make a family of small models, merge it in six ways, score the results
 	@$(BIN)/python -m demo
 
-plot: $(VENV)/.demo $(VENV)/.built  ## PCB-Merging's score over density and lambda, on the demo's models, as a picture
+plot: $(VENV)/.demo $(VENV)/.kernels  ## PCB-Merging's score over density and lambda, on the demo's models, as a picture
 	@$(PIP) $(call requirements,plot)
 	@$(BIN)/python -m demo.plot_pcb
 
@@ -87,7 +87,14 @@ $(VENV)/.dev: $(VENV)/.base
 	@$(PIP) $(call requirements,dev test peers)
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.base $(SOURCES)
+# The demo needs the kernels for CPUs. Developers need all: where there is nvcc those for GPUs, which take minutes, and
+# the emulator in which the tests run them.
+$(VENV)/.kernels: $(VENV)/.base $(SOURCES)
 	@echo "fastmerge: compiling the kernels and installing in place"
-	@$(PIP) --no-build-isolation --no-deps --editable .
+	@FASTMERGE_CUDA=0 $(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
+
+$(VENV)/.built: $(VENV)/.base $(SOURCES)
+	@echo "fastmerge: compiling all kernels and installing in place"
+	@FASTMERGE_CUDA_EMULATED=1 $(PIP) --no-build-isolation --no-deps --editable .
+	@touch $(VENV)/.kernels $@

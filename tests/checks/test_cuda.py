@@ -48,7 +48,7 @@ def test_the_account_of_ptxas_is_read():
     ("line", "why"),
     [
         ("div.full.f32 %f1, %f2, %f3;", "not rounded correctly"),
-        ("rcp.approx.ftz.f32 %f1, %f2;", "an approximation"),
+        ("rcp.approx.f32 %f1, %f2;", "an approximation"),
         ("fma.rn.f32 %f1, %f2, %f3, %f4;", "fused"),
         ("add.ftz.f32 %f1, %f2, %f3;", "denormals"),
         ("@%p1 red.global.add.f32 [%rd1], %f1;", "left to chance"),
