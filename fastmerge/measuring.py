@@ -299,7 +299,8 @@ class Check:
 def backends_of(device: torch.device | str, backend: str = "auto") -> list[str]:
     """The backends that work on a device, fastest first, or the one that is named.
 
-    Triton's interpreter is left out unless it is named: it shows what kernels compute, not how fast.
+    Triton's interpreter and the emulator of CUDA are left out unless they are named: they show what kernels compute,
+    not how fast.
     BackendError: the one that is named does not work there.
     """
     kind = torch.device(device).type
@@ -317,12 +318,16 @@ def backends_of(device: torch.device | str, backend: str = "auto") -> list[str]:
 
 
 def interpreted(backend: str) -> bool:
-    """Whether the kernels of a backend run in Triton's interpreter."""
-    if backend != "triton":
-        return False
-    from .backends.triton.launch import INTERPRETED
+    """Whether the kernels of a backend run in Triton's interpreter, or in the emulator of CUDA."""
+    if backend == "cuda":
+        from .backends.cuda.launch import EMULATED
 
-    return INTERPRETED
+        return EMULATED
+    if backend == "triton":
+        from .backends.triton.launch import INTERPRETED
+
+        return INTERPRETED
+    return False
 
 
 def elements_of(device: torch.device | str, backend: str, size: int | None = None) -> int:

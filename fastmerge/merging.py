@@ -64,7 +64,7 @@ def merge(
         base: what the models were fine-tuned from; every method but linear needs it. If it is given to linear, it is
             one model more, the last, and has its own weight.
         method: a name from `fastmerge.methods.names()`.
-        backend: "auto" (the fastest that works), "triton", "cpu" or "reference".
+        backend: "auto" (the fastest that works), "cuda", "triton", "cpu" or "reference".
         device: where to compute, and where the result is: "cpu", "cuda", "cuda:1"; "auto" for a GPU if one works, else
             the CPU; None for the GPU that any of the tensors is on, else the CPU. Tensors on the CPU are brought to a
             GPU piece by piece.
@@ -215,7 +215,7 @@ def merge_checkpoints(
     Args:
         config: a YAML file, YAML text or a dict, in mergekit's `models:` form.
         out: the directory to make: absent, or an empty directory. It appears when everything is on the disk.
-        device: where to compute: "auto" (a GPU if the triton backend works on one, else the CPU), "cpu", "cuda" or
+        device: where to compute: "auto" (a GPU if a backend works on one, else the CPU), "cpu", "cuda" or
             "cuda:1".
         memory_budget: bytes of buffers, such as "4GiB" or an int; Python and torch themselves come on top.
         gpu_memory: bytes that may be taken of a GPU; None for 80 % of what is free. Models and tensors may be larger.
@@ -224,7 +224,7 @@ def merge_checkpoints(
         seed: of the random methods.
         on_nonfinite: "error" where an input holds NaN or Inf, "warn" to count them in the report, or "zero" to merge
             zeros in their place.
-        backend: None or "auto" (the fastest that works), "triton", "cpu" or "reference".
+        backend: None or "auto" (the fastest that works), "cuda", "triton", "cpu" or "reference".
         threads: of the kernels; None for all that the process may use.
         statistics: where statistics of the whole model are kept for the next merge of the same models, which need not
             find them again (None: `OUT.statistics.json`). Only methods that need some write it.
@@ -442,8 +442,8 @@ def _open_and_plan(
         raise ConfigError(f"{_where(config, entries, error)}: {error}") from None
     plan.notes.extend(_notes(config, entries, known))
     if computer.stages and backends.name_of(kernels) == "reference" and backend != "reference":
-        reason = " ".join(str(backends.reason("triton")).split())
-        plan.notes.append(f"the triton backend does not work here ({reason}): plain torch computes, much more slowly.")
+        reasons = "; ".join(f"{name}: {' '.join(str(backends.reason(name)).split())}" for name in backends.FOR_GPUS)
+        plan.notes.append(f"no backend for GPUs works here ({reasons}): plain torch computes, much more slowly.")
     return opened, plan, computer
 
 

@@ -21,6 +21,9 @@ ENVIRONMENT_VARIABLE = "FASTMERGE_BACKEND"
 
 # In the order in which "auto" prefers them.
 _NAMES = ("cuda", "triton", "cpu", "reference")
+FOR_GPUS = ("cuda", "triton")
+"""Those with kernels for GPUs."""
+
 # The devices for which "auto" takes them. A backend's own DEVICES may be more: by name it takes those, too.
 _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
 _MISSING_HINT = {

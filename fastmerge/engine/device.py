@@ -232,8 +232,8 @@ def open_device(place: torch.device) -> Device:
 def place_of(device: torch.device | str, backend: str | None) -> torch.device:
     """Where a merge computes, GPUs with their index.
 
-    device: "auto" for a GPU, where the triton backend works on one, else the CPU; or "cpu", "cuda",
-    "cuda:1". Raises ArgumentError for a device that is not there.
+    device: "auto" for a GPU, where the cuda or the triton backend works on one, else the CPU; or "cpu",
+    "cuda", "cuda:1". Raises ArgumentError for a device that is not there.
     """
     if device == "auto":
         return _best(backend)
@@ -278,7 +278,7 @@ def _best(backend: str | None) -> torch.device:
         module = backends.resolve(backend, "cuda")
     except BackendError:
         return torch.device("cpu")
-    return _current_gpu() if backends.name_of(module) == "triton" else torch.device("cpu")
+    return _current_gpu() if backends.name_of(module) in backends.FOR_GPUS else torch.device("cpu")
 
 
 def _current_gpu() -> torch.device:
