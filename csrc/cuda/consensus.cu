@@ -2,7 +2,7 @@
 // read once, and nothing is stored but the result.
 //
 // With three models the election needs nearly as many instructions as a GPU has time for while the memory delivers.
-// Hence the usual merge of up to eight models has their deltas in registers; in any other the sums of those with a
+// Hence the usual merge of up to four models has their deltas in registers; in any other the sums of those with a
 // positive and of those with a negative sign are taken side by side, and at the end the vote picks one.
 // Every sum runs over the models in the order given; nothing is fused. What does not take part adds 0.
 #include "fastmerge/consensus.h"
@@ -212,7 +212,7 @@ FM_DEVICE void load_members(const Part& part, int32_t first, int32_t n, int32_t 
 // ---------------
 
 template <int kMost>
-FM_KERNEL_OF(kThreads, kMost <= 3 ? 3 : 2)
+FM_KERNEL_OF(kThreads, kMost == 4 ? 2 : 3)
 merge_kernel(FM_LARGE Merge merge) {
     Part& part = shared<Part>();
     open_part(merge, part);
@@ -318,10 +318,11 @@ sum_kernel(FM_LARGE Merge merge) {
 // --- sums of both signs: any number of models, any election, any compute dtype
 // ----------------------------------------
 
-template <bool kRounds>
+// kGeneral: as for sums.
+template <bool kGeneral>
 FM_KERNEL_OF(kThreads, 2)
 merge_signs_kernel(FM_LARGE Merge merge) {
-    constexpr int kGroup = 2;
+    constexpr int kGroup = kGeneral ? 2 : 4;  // models that are loaded together
     Part& part = shared<Part>();
     open_part(merge, part);
     const Formula& formula = merge.formula;
@@ -331,14 +332,14 @@ merge_signs_kernel(FM_LARGE Merge merge) {
         bool simple = part.simple != 0 && at + kEach <= part.length;
         float base[kEach], votes[kEach];
         float above[kEach], above_share[kEach], below[kEach], below_share[kEach];
-        load_base<true, kRounds>(merge, part, at, simple, base);
+        load_base<kGeneral, kGeneral>(merge, part, at, simple, base);
         FM_UNROLL
         for (int t = 0; t < kEach; ++t) {
             votes[t] = above[t] = above_share[t] = below[t] = below_share[t] = 0.0f;
         }
         for (int32_t first = 0; first < n; first += kGroup) {
-            Raw<true> raw[kGroup];
-            load_members<kGroup, true>(part, first, n, at, simple, raw);
+            Raw<kGeneral> raw[kGroup];
+            load_members<kGroup, kGeneral>(part, first, n, at, simple, raw);
             int32_t count = n - first < kGroup ? n - first : kGroup;
             uint64_t bits = decided_bits(merge, part, first, count, at);
             FM_UNROLL
@@ -346,11 +347,11 @@ merge_signs_kernel(FM_LARGE Merge merge) {
                 if (j >= count) continue;
                 const Member& member = part.member[first + j];
                 float values[kEach], terms[kEach], share = share_of(formula, member);
-                widen_raw<true>(raw[j], member.dtype, values);
-                sparsify8<kRounds>(merge, part, member, static_cast<uint32_t>(bits >> (8 * j)), at, base, values);
+                widen_raw<kGeneral>(raw[j], member.dtype, values);
+                sparsify8<kGeneral>(merge, part, member, static_cast<uint32_t>(bits >> (8 * j)), at, base, values);
                 FM_UNROLL
                 for (int t = 0; t < kEach; ++t) terms[t] = values[t] * member.weight;
-                if (kRounds) round8(compute, terms);
+                if (kGeneral) round8(compute, terms);
                 FM_UNROLL
                 for (int t = 0; t < kEach; ++t) {
                     float voter = weighted ? terms[t] : values[t];
@@ -369,18 +370,18 @@ merge_signs_kernel(FM_LARGE Merge merge) {
             votes[t] = elected > 0.0f ? above[t] : (elected < 0.0f ? below[t] : 0.0f);
             above_share[t] = elected > 0.0f ? above_share[t] : (elected < 0.0f ? below_share[t] : 0.0f);
         }
-        if (kRounds) round8(compute, votes);
+        if (kGeneral) round8(compute, votes);
         if (formula.divisor != kDivideNone) {
             bool shares = divides_by_shares(formula);
-            if (kRounds && formula.divisor == kDivideWeights) round8(compute, above_share);
+            if (kGeneral && formula.divisor == kDivideWeights) round8(compute, above_share);
             FM_UNROLL
             for (int t = 0; t < kEach; ++t) {
                 float divisor = above_share[t] == 0.0f ? 1.0f : above_share[t];
                 votes[t] = quotient(votes[t], shares ? divisor : formula.divisor_value, formula.zeros_stay != 0);
             }
-            if (kRounds) round8(compute, votes);
+            if (kGeneral) round8(compute, votes);
         }
-        finish8<kRounds>(merge, part, at, base, votes);
+        finish8<kGeneral>(merge, part, at, base, votes);
     }
 }
 
@@ -396,9 +397,8 @@ int launch_parts(const Merge& merge, int64_t grid, void* stream) {
         (adds(merge) && merge.add.dtype == kFloat32) || (subtracts(merge) && merge.models.base.dtype == kFloat32);
     for (int32_t i = 0; i < n; ++i) wide = wide || merge.models.dtype[i] == kFloat32;
     if (merge.formula.election == kElectNone) return with(rounds || wide ? sum_kernel<true> : sum_kernel<false>);
-    if (rounds) return with(merge_signs_kernel<true>);
-    if (wide || n > 8 || merge.formula.election != kElectWeighted) return with(merge_signs_kernel<false>);
-    if (n > 4) return with(merge_kernel<8>);
+    if (rounds || wide) return with(merge_signs_kernel<true>);
+    if (n > 4 || merge.formula.election != kElectWeighted) return with(merge_signs_kernel<false>);
     if (n == 4) return with(merge_kernel<4>);
     return with(n == 3 ? merge_kernel<3> : merge_kernel<2>);
 }

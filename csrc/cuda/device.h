@@ -19,6 +19,7 @@
 // A parameter that is large: it stays where the launch put it.
 #define FM_LARGE const __grid_constant__
 #define FM_UNROLL _Pragma("unroll")
+#define FM_ROLLED _Pragma("unroll 1")
 
 FM_NAMESPACE_BEGIN
 namespace cuda {
@@ -78,6 +79,17 @@ FM_DEVICE void store16(void* to, const Words4& value) {
 // The low 32 bits of two words, of which `high` comes after `low`, from bit `bits` (0 to 31) on.
 FM_DEVICE uint32_t from_bit(uint32_t low, uint32_t high, uint32_t bits) { return __funnelshift_r(low, high, bits); }
 FM_DEVICE int count_bits(uint32_t value) { return __popc(value); }
+// Two floats, no NaN, rounded to nearest even, the first in the low half.
+FM_DEVICE uint32_t two_bfloat16(float low, float high) {
+    uint32_t both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+FM_DEVICE uint32_t two_float16(float low, float high) {
+    uint32_t both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
 FM_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 template <class T>

@@ -96,7 +96,7 @@ FM_DEVICE void find_cuts(Array base, bool subtract, Array x, int32_t compute, in
     for (int64_t start = begin; start < end && (left0 > 0 || left1 > 0); start += kRun * kTile) {
         int64_t first = start + static_cast<int64_t>(thread()) * (kRun * kEach);
         uint32_t equal0 = 0, equal1 = 0;  // a bit for each element
-        FM_UNROLL
+        FM_ROLLED
         for (int run = 0; run < kRun; ++run) {
             int64_t at = first + run * kEach;
             if (at < end) {

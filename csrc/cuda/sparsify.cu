@@ -95,7 +95,7 @@ struct MaskShared {
     uint32_t partial[kWarps + 1];
 };
 
-FM_KERNEL(kThreads) kept_masks_kernel(FM_LARGE Each each, uint8_t* masks) {
+FM_KERNEL_OF(kThreads, 3) kept_masks_kernel(FM_LARGE Each each, uint8_t* masks) {
     MaskShared& mine = shared<MaskShared>();
     Own own = open_own(each, true, mine.kept, mine.partial);
     uint8_t* mask = masks + own.model * ((each.models.numel + 7) / 8);
