@@ -54,10 +54,6 @@ FM_INLINE bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>
 FM_INLINE bool subtracts(const Merge& merge) { return merge.models.base.data != nullptr; }
 FM_INLINE bool adds(const Merge& merge) { return merge.add.data != nullptr; }
 
-FM_INLINE Array from_element(Array x, int64_t i) {
-    return {static_cast<const char*>(x.data) + dtype_size(x.dtype) * i, x.dtype};
-}
-
 // What is the same for all tiles of a part. By the whole block.
 FM_DEVICE void open_part(const Merge& merge, Part& part) {
     const Models& models = merge.models;

@@ -17,6 +17,11 @@ constexpr int kTilesPerTieBlock = static_cast<int>(kTieBlock / kTile);
 
 FM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// A tensor from one of its elements on.
+FM_INLINE Array from_element(Array x, int64_t i) {
+    return {static_cast<const char*>(x.data) + dtype_size(x.dtype) * i, x.dtype};
+}
+
 // --- loads ------------------------------------------------------------------------------------------------------------
 
 // Sixteen bytes that begin at byte `shift` (1 to 15) of the first of two words of 16 bytes.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..rule import TIE_BLOCK, SparsifyRule
-from .launch import CODES, NOTHING, compiled, copied, inputs as inputs_ref, place, ref
+from .launch import CODES, NOTHING, compiled, copied, place, ref
+from .launch import inputs as inputs_ref
 from .sparsify import decided, few, given
 
 __all__ = ["consensus_apply", "consensus_apply_many"]
