@@ -152,11 +152,13 @@ FM_DEVICE uint64_t decided_bits(const Merge& merge, const Part& part, int32_t fi
     return bits;
 }
 
-// total / divisor. A division takes far longer where its numerator is 0, as of dropped elements it is.
+// total / divisor. A division takes far longer where its numerator is 0, as of dropped elements it is: there 1, with
+// the sign of the 0, is divided, and of the result only the sign is taken. By bits, or else compilers divide the 0.
 FM_INLINE float quotient(float total, float divisor, bool zeros_stay) {
     bool zero = zeros_stay && total == 0.0f;
-    float divided = (zero ? 1.0f : total) / (zero ? 1.0f : divisor);
-    return zero ? total : divided;
+    float numerator = bit_cast<float>(bit_cast<uint32_t>(total) | (zero ? 0x3f800000u : 0u));
+    float divided = numerator / divisor;
+    return bit_cast<float>(bit_cast<uint32_t>(divided) & (zero ? 0x80000000u : 0xffffffffu));
 }
 
 FM_INLINE bool divides_by_shares(const Formula& formula) {
@@ -183,24 +185,32 @@ FM_DEVICE void finish8(const Merge& merge, const Part& part, int32_t at, const f
     store8(part.out, merge.out_dtype, at, part.length, mixed);
 }
 
-template <bool kWide, bool kRounds>
-FM_DEVICE void load_base(const Merge& merge, const Part& part, int32_t at, bool simple, float* base) {
-    if (!subtracts(merge) && !adds(merge)) return;
-    Raw<kWide> raw;
-    load_raw<kWide>(part.base, at, part.length, simple, raw);
-    widen_raw<kWide>(raw, part.base.dtype, base);
-    if (kRounds && part.base.dtype != merge.models.compute) round8(merge.models.compute, base);
+// The base as the compute dtype has it.
+template <bool kGeneral>
+FM_DEVICE void widen_base(const Merge& merge, const Part& part, const Raw<kGeneral>& raw, float* base) {
+    widen_raw<kGeneral>(raw, part.base.dtype, base);
+    if (kGeneral && part.base.dtype != merge.models.compute) round8(merge.models.compute, base);
 }
 
-// The values of `kCount` models from `first` on, or as many as there are.
+// The values of `kCount` models from `first` on, or as many as there are, and of the base. Where all are simple no
+// branch stands between the loads.
 template <int kCount, bool kWide>
-FM_DEVICE void load_members(const Part& part, int32_t first, int32_t n, int32_t at, bool simple, Raw<kWide>* raw) {
-    FM_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-        if (first + i < n) {
-            Array x = {part.member[first + i].data, part.member[first + i].dtype};
-            load_raw<kWide>(x, at, part.length, simple, raw[i]);
+FM_DEVICE void load_members(const Part& part, int32_t first, int32_t n, bool has_base, int32_t at, Raw<kWide>* raw,
+                            Raw<kWide>& raw_base) {
+    auto load = [&](bool simple) {
+        FM_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+            if (first + i < n) {
+                Array x = {part.member[first + i].data, part.member[first + i].dtype};
+                load_raw<kWide>(x, at, part.length, simple, raw[i]);
+            }
         }
+        if (has_base) load_raw<kWide>(part.base, at, part.length, simple, raw_base);
+    };
+    if (part.simple != 0 && at + kEach <= part.length) {
+        load(true);
+    } else {
+        load(false);
     }
 }
 
@@ -215,17 +225,14 @@ merge_kernel(FM_LARGE Merge merge) {
     const Formula& formula = merge.formula;
     int32_t n = merge.models.count;
     bool has_base = subtracts(merge) || adds(merge);
-    bool shares = divides_by_shares(formula), divides = formula.divisor != kDivideNone;
-    bool zeros_stay = formula.zeros_stay != 0;
+    float zero_sign = formula.zero_sign;
     for (int32_t at = thread() * kEach; at < part.length; at += kTile) {
-        bool simple = part.simple != 0 && at + kEach <= part.length;
         // All loads before the first use, so that they are under way together.
         Raw<false> raw[kMost], raw_base;
-        load_members<kMost, false>(part, 0, n, at, simple, raw);
-        if (has_base) load_raw<false>(part.base, at, part.length, simple, raw_base);
+        load_members<kMost, false>(part, 0, n, has_base, at, raw, raw_base);
         uint64_t bits = decided_bits(merge, part, 0, n, at);
         float base[kEach], mixed[kEach], rows[kMost][kEach], share[kMost];
-        if (has_base) widen_raw<false>(raw_base, part.base.dtype, base);
+        if (has_base) widen_base(merge, part, raw_base, base);
         FM_UNROLL
         for (int i = 0; i < kMost; ++i) {
             share[i] = 1.0f;
@@ -244,20 +251,21 @@ merge_kernel(FM_LARGE Merge merge) {
             float sum = rows[0][t];
             FM_UNROLL
             for (int i = 1; i < kMost; ++i) sum = sum + rows[i][t];
-            float elected = elected_sign(sum, formula.zero_sign);
-            float total = 0.0f, divisor = 0.0f;
+            float elected = elected_sign(sum, zero_sign);
+            // Turned by the elected sign, which is exact, what takes part is what is positive. Of NaN and 0 the greater
+            // is 0.
+            float turned = rows[0][t] * elected;
+            float total = fmaxf(turned, 0.0f), divisor = turned > 0.0f ? share[0] : 0.0f;
             FM_UNROLL
-            for (int i = 0; i < kMost; ++i) {
-                // Turned by the elected sign, which is exact, what takes part is what is positive. Of NaN and 0 the
-                // greater is 0.
-                float turned = rows[i][t] * elected;
+            for (int i = 1; i < kMost; ++i) {
+                turned = rows[i][t] * elected;
                 total = total + fmaxf(turned, 0.0f);
                 divisor = divisor + (turned > 0.0f ? share[i] : 0.0f);
             }
-            // Turned back; where nobody takes part that is +0, not -0.
-            mixed[t] = total * elected + 0.0f;
-            divisor = divisor == 0.0f ? 1.0f : divisor;
-            if (divides) mixed[t] = quotient(mixed[t], shares ? divisor : formula.divisor_value, zeros_stay);
+            // Where nobody takes part 1 is divided, which does not take long as 0 would, and turned to 0.
+            bool nobody = divisor == 0.0f;
+            float divided = (nobody ? 1.0f : total) / (nobody ? 1.0f : divisor);
+            mixed[t] = divided * (nobody ? 0.0f : elected);
         }
         finish8<false>(merge, part, at, base, mixed);
     }
@@ -275,15 +283,15 @@ sum_kernel(FM_LARGE Merge merge) {
     open_part(merge, part);
     const Formula& formula = merge.formula;
     int32_t n = merge.models.count, compute = merge.models.compute;
+    bool has_base = subtracts(merge) || adds(merge);
     for (int32_t at = thread() * kEach; at < part.length; at += kTile) {
-        bool simple = part.simple != 0 && at + kEach <= part.length;
         float base[kEach], mixed[kEach];
-        load_base<kGeneral, kGeneral>(merge, part, at, simple, base);
         FM_UNROLL
         for (int t = 0; t < kEach; ++t) mixed[t] = -0.0f;  // to which adding is exact for every value
         for (int32_t first = 0; first < n; first += kGroup) {
-            Raw<kGeneral> raw[kGroup];
-            load_members<kGroup, kGeneral>(part, first, n, at, simple, raw);
+            Raw<kGeneral> raw[kGroup], raw_base;
+            load_members<kGroup, kGeneral>(part, first, n, has_base && first == 0, at, raw, raw_base);
+            if (has_base && first == 0) widen_base(merge, part, raw_base, base);
             int32_t count = n - first < kGroup ? n - first : kGroup;
             uint64_t bits = decided_bits(merge, part, first, count, at);
             FM_UNROLL
@@ -323,19 +331,19 @@ merge_signs_kernel(FM_LARGE Merge merge) {
     open_part(merge, part);
     const Formula& formula = merge.formula;
     int32_t n = merge.models.count, compute = merge.models.compute;
+    bool has_base = subtracts(merge) || adds(merge);
     bool weighted = formula.election == kElectWeighted, frequency = formula.election == kElectFrequency;
     for (int32_t at = thread() * kEach; at < part.length; at += kTile) {
-        bool simple = part.simple != 0 && at + kEach <= part.length;
         float base[kEach], votes[kEach];
         float above[kEach], above_share[kEach], below[kEach], below_share[kEach];
-        load_base<kGeneral, kGeneral>(merge, part, at, simple, base);
         FM_UNROLL
         for (int t = 0; t < kEach; ++t) {
             votes[t] = above[t] = above_share[t] = below[t] = below_share[t] = 0.0f;
         }
         for (int32_t first = 0; first < n; first += kGroup) {
-            Raw<kGeneral> raw[kGroup];
-            load_members<kGroup, kGeneral>(part, first, n, at, simple, raw);
+            Raw<kGeneral> raw[kGroup], raw_base;
+            load_members<kGroup, kGeneral>(part, first, n, has_base && first == 0, at, raw, raw_base);
+            if (has_base && first == 0) widen_base(merge, part, raw_base, base);
             int32_t count = n - first < kGroup ? n - first : kGroup;
             uint64_t bits = decided_bits(merge, part, first, count, at);
             FM_UNROLL
@@ -394,7 +402,8 @@ int launch_parts(const Merge& merge, int64_t grid, void* stream) {
     for (int32_t i = 0; i < n; ++i) wide = wide || merge.models.dtype[i] == kFloat32;
     if (merge.formula.election == kElectNone) return with(rounds || wide ? sum_kernel<true> : sum_kernel<false>);
     if (rounds || wide) return with(merge_signs_kernel<true>);
-    if (n > 4 || merge.formula.election != kElectWeighted) return with(merge_signs_kernel<false>);
+    bool usual = merge.formula.election == kElectWeighted && divides_by_shares(merge.formula);
+    if (n > 4 || !usual || merge.formula.zeros_stay == 0) return with(merge_signs_kernel<false>);
     if (n == 4) return with(merge_kernel<4>);
     return with(n == 3 ? merge_kernel<3> : merge_kernel<2>);
 }
