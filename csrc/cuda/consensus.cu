@@ -214,8 +214,10 @@ FM_DEVICE void load_members(const Part& part, int32_t first, int32_t n, bool has
     }
 }
 
-// --- the usual merge: up to eight models of 16 bits, elected by their weighted deltas, float32 throughout
-// ---------------
+// --- the usual merge -------------------------------------------------------------------------------------------------
+//
+// Up to four models of 16 bits, elected by their weighted deltas and divided by the weights, all positive, or the
+// number of those that take part; float32 throughout.
 
 template <int kMost>
 FM_KERNEL_OF(kThreads, kMost == 4 ? 2 : 3)
@@ -271,8 +273,7 @@ merge_kernel(FM_LARGE Merge merge) {
     }
 }
 
-// --- without an election
-// ----------------------------------------------------------------------------------------------
+// --- without an election ---------------------------------------------------------------------------------------------
 
 // kGeneral: of any type, and rounded to any compute dtype.
 template <bool kGeneral>
@@ -319,8 +320,7 @@ sum_kernel(FM_LARGE Merge merge) {
     }
 }
 
-// --- sums of both signs: any number of models, any election, any compute dtype
-// ----------------------------------------
+// --- sums of both signs: any number of models, any election, any compute dtype ---------------------------------------
 
 // kGeneral: as for sums.
 template <bool kGeneral>
@@ -389,8 +389,7 @@ merge_signs_kernel(FM_LARGE Merge merge) {
     }
 }
 
-// --- which kernel
-// -----------------------------------------------------------------------------------------------------
+// --- which kernel ----------------------------------------------------------------------------------------------------
 
 int launch_parts(const Merge& merge, int64_t grid, void* stream) {
     int32_t n = merge.models.count;

@@ -37,15 +37,15 @@ FM_DEVICE void shifted16(const uint32_t* first, const uint32_t* second, uint32_t
     for (int i = 0; i < 4; ++i) out[i] = from_bit(all[i], all[i + 1], bits);
 }
 
-// Eight elements as they lie in memory, of types of 16 bits or (kWide) of any: so that loads of several tensors are under
-// way before the first of them is waited for.
+// Eight elements as they lie in memory, of types of 16 bits or (kWide) of any: so that loads of several tensors are
+// under way before the first of them is waited for.
 template <bool kWide>
 struct Raw {
     uint32_t word[kWide ? 8 : 4];
 };
 
-// Sixteen bytes from anywhere. Where they do not begin at a multiple of 16 the two words of 16 bytes that they lie in are
-// read, but none that begins at `limit` or past it, so that no page is read that has none of the data.
+// Sixteen bytes from anywhere. Where they do not begin at a multiple of 16 the two words of 16 bytes that they lie in
+// are read, but none that begins at `limit` or past it, so that no page is read that has none of the data.
 FM_DEVICE void load_bytes_before(const char* from, const char* limit, uint32_t* out) {
     uint32_t shift = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from) & 15u);
     const char* start = from - shift;
@@ -60,8 +60,8 @@ FM_DEVICE void load_bytes_before(const char* from, const char* limit, uint32_t* 
     shifted16(first.word, second.word, shift, out);
 }
 
-// Elements at .. at + 7, of which the first is before `end`; those from `end` on are rubbish. simple: the data begin at a
-// multiple of 16 bytes, and none is past the end.
+// Elements at .. at + 7; those from `end` on are rubbish. simple: the data begin at a multiple of 16 bytes, and none of
+// the eight is past the end.
 template <bool kWide>
 FM_DEVICE void load_raw(Array x, int64_t at, int64_t end, bool simple, Raw<kWide>& out) {
     int64_t size = kWide ? dtype_size(x.dtype) : 2;
