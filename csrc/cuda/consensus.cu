@@ -2,7 +2,7 @@
 // read once, and nothing is stored but the result.
 //
 // With three models the election needs nearly as many instructions as a GPU has time for while the memory delivers.
-// Hence the usual merge of up to eight models has their deltas in registers; in any other the sums of those with a
+// Hence the usual merge of up to four models has their deltas in registers; in any other the sums of those with a
 // positive and of those with a negative sign are taken side by side, and at the end the vote picks one.
 // Every sum runs over the models in the order given; nothing is fused. What does not take part adds 0.
 #include "fastmerge/consensus.h"
@@ -53,10 +53,6 @@ FM_INLINE bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>
 
 FM_INLINE bool subtracts(const Merge& merge) { return merge.models.base.data != nullptr; }
 FM_INLINE bool adds(const Merge& merge) { return merge.add.data != nullptr; }
-
-FM_INLINE Array from_element(Array x, int64_t i) {
-    return {static_cast<const char*>(x.data) + dtype_size(x.dtype) * i, x.dtype};
-}
 
 // What is the same for all tiles of a part. By the whole block.
 FM_DEVICE void open_part(const Merge& merge, Part& part) {
@@ -156,11 +152,13 @@ FM_DEVICE uint64_t decided_bits(const Merge& merge, const Part& part, int32_t fi
     return bits;
 }
 
-// total / divisor. A division takes far longer where its numerator is 0, as of dropped elements it is.
+// total / divisor. A division takes far longer where its numerator is 0, as of dropped elements it is: there 1, with
+// the sign of the 0, is divided, and of the result only the sign is taken. By bits, or else compilers divide the 0.
 FM_INLINE float quotient(float total, float divisor, bool zeros_stay) {
     bool zero = zeros_stay && total == 0.0f;
-    float divided = (zero ? 1.0f : total) / (zero ? 1.0f : divisor);
-    return zero ? total : divided;
+    float numerator = bit_cast<float>(bit_cast<uint32_t>(total) | (zero ? 0x3f800000u : 0u));
+    float divided = numerator / divisor;
+    return bit_cast<float>(bit_cast<uint32_t>(divided) & (zero ? 0x80000000u : 0xffffffffu));
 }
 
 FM_INLINE bool divides_by_shares(const Formula& formula) {
@@ -187,49 +185,56 @@ FM_DEVICE void finish8(const Merge& merge, const Part& part, int32_t at, const f
     store8(part.out, merge.out_dtype, at, part.length, mixed);
 }
 
-template <bool kWide, bool kRounds>
-FM_DEVICE void load_base(const Merge& merge, const Part& part, int32_t at, bool simple, float* base) {
-    if (!subtracts(merge) && !adds(merge)) return;
-    Raw<kWide> raw;
-    load_raw<kWide>(part.base, at, part.length, simple, raw);
-    widen_raw<kWide>(raw, part.base.dtype, base);
-    if (kRounds && part.base.dtype != merge.models.compute) round8(merge.models.compute, base);
+// The base as the compute dtype has it.
+template <bool kGeneral>
+FM_DEVICE void widen_base(const Merge& merge, const Part& part, const Raw<kGeneral>& raw, float* base) {
+    widen_raw<kGeneral>(raw, part.base.dtype, base);
+    if (kGeneral && part.base.dtype != merge.models.compute) round8(merge.models.compute, base);
 }
 
-// The values of `kCount` models from `first` on, or as many as there are.
+// The values of `kCount` models from `first` on, or as many as there are, and of the base. Where all are simple no
+// branch stands between the loads.
 template <int kCount, bool kWide>
-FM_DEVICE void load_members(const Part& part, int32_t first, int32_t n, int32_t at, bool simple, Raw<kWide>* raw) {
-    FM_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-        if (first + i < n) {
-            Array x = {part.member[first + i].data, part.member[first + i].dtype};
-            load_raw<kWide>(x, at, part.length, simple, raw[i]);
+FM_DEVICE void load_members(const Part& part, int32_t first, int32_t n, bool has_base, int32_t at, Raw<kWide>* raw,
+                            Raw<kWide>& raw_base) {
+    auto load = [&](bool simple) {
+        FM_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+            if (first + i < n) {
+                Array x = {part.member[first + i].data, part.member[first + i].dtype};
+                load_raw<kWide>(x, at, part.length, simple, raw[i]);
+            }
         }
+        if (has_base) load_raw<kWide>(part.base, at, part.length, simple, raw_base);
+    };
+    if (part.simple != 0 && at + kEach <= part.length) {
+        load(true);
+    } else {
+        load(false);
     }
 }
 
-// --- the usual merge: up to eight models of 16 bits, elected by their weighted deltas, float32 throughout
-// ---------------
+// --- the usual merge -------------------------------------------------------------------------------------------------
+//
+// Up to four models of 16 bits, elected by their weighted deltas and divided by the weights, all positive, or the
+// number of those that take part; float32 throughout.
 
 template <int kMost>
-FM_KERNEL_RESIDENT(kThreads, kMost <= 3 ? 3 : 2)
+FM_KERNEL_RESIDENT(kThreads, kMost == 4 ? 2 : 3)
 merge_kernel(FM_LARGE Merge merge) {
     Part& part = shared<Part>();
     open_part(merge, part);
     const Formula& formula = merge.formula;
     int32_t n = merge.models.count;
     bool has_base = subtracts(merge) || adds(merge);
-    bool shares = divides_by_shares(formula), divides = formula.divisor != kDivideNone;
-    bool zeros_stay = formula.zeros_stay != 0;
+    float zero_sign = formula.zero_sign;
     for (int32_t at = thread() * kEach; at < part.length; at += kTile) {
-        bool simple = part.simple != 0 && at + kEach <= part.length;
         // All loads before the first use, so that they are under way together.
         Raw<false> raw[kMost], raw_base;
-        load_members<kMost, false>(part, 0, n, at, simple, raw);
-        if (has_base) load_raw<false>(part.base, at, part.length, simple, raw_base);
+        load_members<kMost, false>(part, 0, n, has_base, at, raw, raw_base);
         uint64_t bits = decided_bits(merge, part, 0, n, at);
         float base[kEach], mixed[kEach], rows[kMost][kEach], share[kMost];
-        if (has_base) widen_raw<false>(raw_base, part.base.dtype, base);
+        if (has_base) widen_base(merge, part, raw_base, base);
         FM_UNROLL
         for (int i = 0; i < kMost; ++i) {
             share[i] = 1.0f;
@@ -248,26 +253,27 @@ merge_kernel(FM_LARGE Merge merge) {
             float sum = rows[0][t];
             FM_UNROLL
             for (int i = 1; i < kMost; ++i) sum = sum + rows[i][t];
-            float elected = elected_sign(sum, formula.zero_sign);
-            float total = 0.0f, divisor = 0.0f;
+            float elected = elected_sign(sum, zero_sign);
+            // Turned by the elected sign, which is exact, what takes part is what is positive. Of NaN and 0 the greater
+            // is 0.
+            float turned = rows[0][t] * elected;
+            float total = fmaxf(turned, 0.0f), divisor = turned > 0.0f ? share[0] : 0.0f;
             FM_UNROLL
-            for (int i = 0; i < kMost; ++i) {
-                // Turned by the elected sign, which is exact, what takes part is what is positive. Of NaN and 0 the
-                // greater is 0.
-                float turned = rows[i][t] * elected;
+            for (int i = 1; i < kMost; ++i) {
+                turned = rows[i][t] * elected;
                 total = total + fmaxf(turned, 0.0f);
                 divisor = divisor + (turned > 0.0f ? share[i] : 0.0f);
             }
-            // Turned back; where nobody takes part that is +0, not -0.
-            mixed[t] = total * elected + 0.0f;
-            divisor = divisor == 0.0f ? 1.0f : divisor;
-            if (divides) mixed[t] = quotient(mixed[t], shares ? divisor : formula.divisor_value, zeros_stay);
+            // Where nobody takes part 1 is divided, which does not take long as 0 would, and turned to 0.
+            bool nobody = divisor == 0.0f;
+            float divided = (nobody ? 1.0f : total) / (nobody ? 1.0f : divisor);
+            mixed[t] = divided * (nobody ? 0.0f : elected);
         }
         finish8<false>(merge, part, at, base, mixed);
     }
 }
 
-// --- without an election
+// --- without an election ---------------------------------------------------------------------------------------------
 
 // kGeneral: of any type, and rounded to any compute dtype.
 template <bool kGeneral>
@@ -278,15 +284,15 @@ sum_kernel(FM_LARGE Merge merge) {
     open_part(merge, part);
     const Formula& formula = merge.formula;
     int32_t n = merge.models.count, compute = merge.models.compute;
+    bool has_base = subtracts(merge) || adds(merge);
     for (int32_t at = thread() * kEach; at < part.length; at += kTile) {
-        bool simple = part.simple != 0 && at + kEach <= part.length;
         float base[kEach], mixed[kEach];
-        load_base<kGeneral, kGeneral>(merge, part, at, simple, base);
         FM_UNROLL
         for (int t = 0; t < kEach; ++t) mixed[t] = -0.0f;  // to which adding is exact for every value
         for (int32_t first = 0; first < n; first += kGroup) {
-            Raw<kGeneral> raw[kGroup];
-            load_members<kGroup, kGeneral>(part, first, n, at, simple, raw);
+            Raw<kGeneral> raw[kGroup], raw_base;
+            load_members<kGroup, kGeneral>(part, first, n, has_base && first == 0, at, raw, raw_base);
+            if (has_base && first == 0) widen_base(merge, part, raw_base, base);
             int32_t count = n - first < kGroup ? n - first : kGroup;
             uint64_t bits = decided_bits(merge, part, first, count, at);
             FM_UNROLL
@@ -314,29 +320,30 @@ sum_kernel(FM_LARGE Merge merge) {
     }
 }
 
-// --- sums of both signs: any number of models, any election, any compute dtype
+// --- sums of both signs: any number of models, any election, any compute dtype ---------------------------------------
 
-template <bool kRounds>
+// kGeneral: as for sums.
+template <bool kGeneral>
 FM_KERNEL_RESIDENT(kThreads, 2)
 merge_signs_kernel(FM_LARGE Merge merge) {
-    constexpr int kGroup = 2;
+    constexpr int kGroup = kGeneral ? 2 : 4;  // models that are loaded together
     Part& part = shared<Part>();
     open_part(merge, part);
     const Formula& formula = merge.formula;
     int32_t n = merge.models.count, compute = merge.models.compute;
+    bool has_base = subtracts(merge) || adds(merge);
     bool weighted = formula.election == kElectWeighted, frequency = formula.election == kElectFrequency;
     for (int32_t at = thread() * kEach; at < part.length; at += kTile) {
-        bool simple = part.simple != 0 && at + kEach <= part.length;
         float base[kEach], votes[kEach];
         float above[kEach], above_share[kEach], below[kEach], below_share[kEach];
-        load_base<true, kRounds>(merge, part, at, simple, base);
         FM_UNROLL
         for (int t = 0; t < kEach; ++t) {
             votes[t] = above[t] = above_share[t] = below[t] = below_share[t] = 0.0f;
         }
         for (int32_t first = 0; first < n; first += kGroup) {
-            Raw<true> raw[kGroup];
-            load_members<kGroup, true>(part, first, n, at, simple, raw);
+            Raw<kGeneral> raw[kGroup], raw_base;
+            load_members<kGroup, kGeneral>(part, first, n, has_base && first == 0, at, raw, raw_base);
+            if (has_base && first == 0) widen_base(merge, part, raw_base, base);
             int32_t count = n - first < kGroup ? n - first : kGroup;
             uint64_t bits = decided_bits(merge, part, first, count, at);
             FM_UNROLL
@@ -344,11 +351,11 @@ merge_signs_kernel(FM_LARGE Merge merge) {
                 if (j >= count) continue;
                 const Member& member = part.member[first + j];
                 float values[kEach], terms[kEach], share = share_of(formula, member);
-                widen_raw<true>(raw[j], member.dtype, values);
-                sparsify8<kRounds>(merge, part, member, static_cast<uint32_t>(bits >> (8 * j)), at, base, values);
+                widen_raw<kGeneral>(raw[j], member.dtype, values);
+                sparsify8<kGeneral>(merge, part, member, static_cast<uint32_t>(bits >> (8 * j)), at, base, values);
                 FM_UNROLL
                 for (int t = 0; t < kEach; ++t) terms[t] = values[t] * member.weight;
-                if (kRounds) round8(compute, terms);
+                if (kGeneral) round8(compute, terms);
                 FM_UNROLL
                 for (int t = 0; t < kEach; ++t) {
                     float voter = weighted ? terms[t] : values[t];
@@ -367,22 +374,22 @@ merge_signs_kernel(FM_LARGE Merge merge) {
             votes[t] = elected > 0.0f ? above[t] : (elected < 0.0f ? below[t] : 0.0f);
             above_share[t] = elected > 0.0f ? above_share[t] : (elected < 0.0f ? below_share[t] : 0.0f);
         }
-        if (kRounds) round8(compute, votes);
+        if (kGeneral) round8(compute, votes);
         if (formula.divisor != kDivideNone) {
             bool shares = divides_by_shares(formula);
-            if (kRounds && formula.divisor == kDivideWeights) round8(compute, above_share);
+            if (kGeneral && formula.divisor == kDivideWeights) round8(compute, above_share);
             FM_UNROLL
             for (int t = 0; t < kEach; ++t) {
                 float divisor = above_share[t] == 0.0f ? 1.0f : above_share[t];
                 votes[t] = quotient(votes[t], shares ? divisor : formula.divisor_value, formula.zeros_stay != 0);
             }
-            if (kRounds) round8(compute, votes);
+            if (kGeneral) round8(compute, votes);
         }
-        finish8<kRounds>(merge, part, at, base, votes);
+        finish8<kGeneral>(merge, part, at, base, votes);
     }
 }
 
-// --- which kernel
+// --- which kernel ----------------------------------------------------------------------------------------------------
 
 int launch_parts(const Merge& merge, int64_t grid, void* stream) {
     int32_t n = merge.models.count;
@@ -393,9 +400,9 @@ int launch_parts(const Merge& merge, int64_t grid, void* stream) {
         (adds(merge) && merge.add.dtype == kFloat32) || (subtracts(merge) && merge.models.base.dtype == kFloat32);
     for (int32_t i = 0; i < n; ++i) wide = wide || merge.models.dtype[i] == kFloat32;
     if (merge.formula.election == kElectNone) return with(rounds || wide ? sum_kernel<true> : sum_kernel<false>);
-    if (rounds) return with(merge_signs_kernel<true>);
-    if (wide || n > 8 || merge.formula.election != kElectWeighted) return with(merge_signs_kernel<false>);
-    if (n > 4) return with(merge_kernel<8>);
+    if (rounds || wide) return with(merge_signs_kernel<true>);
+    bool usual = merge.formula.election == kElectWeighted && divides_by_shares(merge.formula);
+    if (n > 4 || !usual || merge.formula.zeros_stay == 0) return with(merge_signs_kernel<false>);
     if (n == 4) return with(merge_kernel<4>);
     return with(n == 3 ? merge_kernel<3> : merge_kernel<2>);
 }

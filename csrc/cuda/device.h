@@ -104,6 +104,17 @@ FM_DEVICE void store8bytes(void* to, uint64_t value) {
 FM_DEVICE uint32_t from_bit(uint32_t low, uint32_t high, uint32_t bits) { return __funnelshift_r(low, high, bits); }
 FM_DEVICE int count_bits(uint32_t value) { return __popc(value); }
 FM_DEVICE int lowest_bit(uint32_t value) { return __ffs(static_cast<int>(value)) - 1; }  // of one that is not 0
+// Two floats, no NaN, rounded to nearest even, the first in the low half.
+FM_DEVICE uint32_t two_bfloat16(float low, float high) {
+    uint32_t both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+FM_DEVICE uint32_t two_float16(float low, float high) {
+    uint32_t both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
 FM_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 template <class T>

@@ -12,7 +12,7 @@
 #include <functional>
 #include <type_traits>
 
-#include "fastmerge/platform.h"
+#include "fastmerge/scalar.h"
 
 #define FM_DEVICE static inline
 #define FM_METHOD inline
@@ -161,6 +161,12 @@ FM_DEVICE uint32_t from_bit(uint32_t low, uint32_t high, uint32_t bits) {
 }
 FM_DEVICE int count_bits(uint32_t value) { return __builtin_popcount(value); }
 FM_DEVICE int lowest_bit(uint32_t value) { return __builtin_ctz(value); }
+FM_DEVICE uint32_t two_bfloat16(float low, float high) {
+    return round_bfloat16(low) | (static_cast<uint32_t>(round_bfloat16(high)) << 16);
+}
+FM_DEVICE uint32_t two_float16(float low, float high) {
+    return round_float16(low) | (static_cast<uint32_t>(round_float16(high)) << 16);
+}
 FM_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
     return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
 }

@@ -84,6 +84,27 @@ FM_DEVICE void open_kept(const Rule& rule, int32_t model, const int64_t* bounds,
     }
 }
 
+// The delta of one model, or the model where nothing is subtracted. Elements past the end are 0.
+FM_DEVICE void delta_at(Array base, bool subtract, Array x, int32_t compute, int64_t at, int64_t end, float* delta) {
+    // Both loads before the first use, so that they are under way together.
+    Raw<true> raw, raw_base;
+    load_raw<true>(x, at, end, false, raw);
+    if (subtract) load_raw<true>(base, at, end, false, raw_base);
+    widen_raw<true>(raw, x.dtype, delta);
+    if (x.dtype != compute) round8(compute, delta);
+    if (subtract) {
+        float reference[kEach];
+        widen_raw<true>(raw_base, base.dtype, reference);
+        if (base.dtype != compute) round8(compute, reference);
+        FM_UNROLL
+        for (int t = 0; t < kEach; ++t) delta[t] = delta[t] - reference[t];
+        round8(compute, delta);
+    }
+    if (at + kEach <= end) return;
+    FM_UNROLL
+    for (int t = 0; t < kEach; ++t) delta[t] = at + t < end ? delta[t] : 0.0f;
+}
+
 // Finds where the bounds lie that split equals within the tie block from `begin` on, looking no further than `end`. By
 // the whole block, after a barrier; ends with one. `partial` as for sum_before.
 FM_DEVICE void find_cuts(Array base, bool subtract, Array x, int32_t compute, int64_t begin, int64_t end, Kept& kept,
@@ -96,13 +117,12 @@ FM_DEVICE void find_cuts(Array base, bool subtract, Array x, int32_t compute, in
     for (int64_t start = begin; start < end && (left0 > 0 || left1 > 0); start += kRun * kTile) {
         int64_t first = start + static_cast<int64_t>(thread()) * (kRun * kEach);
         uint32_t equal0 = 0, equal1 = 0;  // a bit for each element
-        FM_UNROLL
+        FM_ROLLED
         for (int run = 0; run < kRun; ++run) {
             int64_t at = first + run * kEach;
             if (at < end) {
-                float reference[kEach], delta[kEach];
-                if (subtract) load_rounded(base, compute, at, end, reference);
-                delta8(x, subtract, compute, at, end, reference, delta);
+                float delta[kEach];
+                delta_at(base, subtract, x, compute, at, end, delta);
                 FM_UNROLL
                 for (int t = 0; t < kEach; ++t) {
                     uint32_t key = magnitude_key(delta[t]);

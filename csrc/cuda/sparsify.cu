@@ -44,7 +44,7 @@ FM_KERNEL(kThreads) zero_nonfinite_kernel(void* data, int32_t dtype, int64_t num
     }
 }
 
-// --- one model in each block: exact sums, masks
+// --- one model in each block: exact sums, masks ----------------------------------------------------------------------
 
 // Neighbouring blocks take the same part of all models, so that the base is read once.
 struct Each {
@@ -53,40 +53,49 @@ struct Each {
     int64_t part;
 };
 
+// The block's part of a model. Elements are counted from the part's first one.
 struct Own {
-    Array x;
+    Array base, x;
+    int64_t begin;  // in the tensor
     int32_t model;
-    int64_t begin, end, tie_block;
+    int32_t length;
+    int32_t place;  // of the first element in its tie block
 };
 
 // What the block takes, and what is kept of it. By the whole block.
-FM_DEVICE Own open_own(const Each& each, bool values, Kept& kept, uint32_t* partial) {
+FM_DEVICE Own open_own(const Each& each, Kept& kept, uint32_t* partial) {
     const Models& models = each.models;
     Own own;
     own.model = static_cast<int32_t>(block() % models.count);
-    own.x = model_of(models, own.model);
     own.begin = block() / models.count * each.part;
-    own.end = smaller(models.numel, own.begin + each.part);
+    own.length = static_cast<int32_t>(smaller(models.numel - own.begin, each.part));
+    own.x = from_element(model_of(models, own.model), own.begin);
+    own.base = from_element(models.base, own.begin);
     int64_t number = own.begin / kTieBlock;
-    own.tie_block = number * kTieBlock;
+    own.place = static_cast<int32_t>(own.begin - number * kTieBlock);
     if (thread() == 0) {
         open_kept(each.rule, own.model, each.rule.bounds + 4 * own.model,
                   each.rule.ties_before + 2 * own.model * each.rule.blocks + number, number + 1 >= each.rule.blocks,
                   each.rule.tensor_id, kept);
     }
     sync();
-    if (values && kept.split != 0) {
-        find_cuts(models.base, models.base.data != nullptr, own.x, models.compute, own.tie_block, own.end, kept,
-                  partial);
+    if (kept.split != 0) {
+        find_cuts(own.base, models.base.data != nullptr, own.x, models.compute, -own.place, own.length, kept, partial);
     }
     return own;
 }
 
-FM_DEVICE void own_delta(const Each& each, const Own& own, int64_t at, float* delta) {
-    float base[kEach];
-    bool subtract = each.models.base.data != nullptr;
-    if (subtract) load_rounded(each.models.base, each.models.compute, at, own.end, base);
-    delta8(own.x, subtract, each.models.compute, at, own.end, base, delta);
+FM_DEVICE void own_delta(const Each& each, const Own& own, int32_t at, float* delta) {
+    const Models& models = each.models;
+    delta_at(own.base, models.base.data != nullptr, own.x, models.compute, at, own.length, delta);
+}
+
+// What is kept of eight elements, a bit for each; delta is looked at by bands alone.
+FM_DEVICE uint32_t own_bits(const Each& each, const Own& own, const Kept& kept, int32_t at, const float* delta) {
+    if (each.rule.method != kBand) return kept_bits(each.rule, kept, own.begin + at);
+    uint32_t bits = 0;
+    each_in_band(kept, own.place + at, delta, [&](int t, bool keep) { bits |= (keep ? 1u : 0u) << t; });
+    return bits;
 }
 
 struct MaskShared {
@@ -94,22 +103,15 @@ struct MaskShared {
     uint32_t partial[kWarps + 1];
 };
 
-FM_KERNEL(kThreads) kept_masks_kernel(FM_LARGE Each each, uint8_t* masks) {
+FM_KERNEL_RESIDENT(kThreads, 3) kept_masks_kernel(FM_LARGE Each each, uint8_t* masks) {
     MaskShared& mine = shared<MaskShared>();
-    Own own = open_own(each, true, mine.kept, mine.partial);
-    uint8_t* mask = masks + own.model * ((each.models.numel + 7) / 8);
-    for (int64_t at = own.begin + thread() * kEach; at < own.end; at += kTile) {
-        uint32_t bits = 0;
-        if (each.rule.method == kBand) {
-            // Only bands look at the values.
-            float delta[kEach];
-            own_delta(each, own, at, delta);
-            each_in_band(mine.kept, static_cast<int32_t>(at - own.tie_block), delta,
-                         [&](int t, bool keep) { bits |= (keep ? 1u : 0u) << t; });
-        } else {
-            bits = kept_bits(each.rule, mine.kept, at);
-        }
-        if (at + kEach > own.end) bits &= (1u << (own.end - at)) - 1u;
+    Own own = open_own(each, mine.kept, mine.partial);
+    uint8_t* mask = masks + own.model * ((each.models.numel + 7) / 8) + own.begin / 8;
+    for (int32_t at = thread() * kEach; at < own.length; at += kTile) {
+        float delta[kEach];
+        if (each.rule.method == kBand) own_delta(each, own, at, delta);
+        uint32_t bits = own_bits(each, own, mine.kept, at, delta);
+        if (at + kEach > own.length) bits &= (1u << (own.length - at)) - 1u;
         mask[at / kEach] = static_cast<uint8_t>(bits);
     }
 }
@@ -128,7 +130,7 @@ FM_KERNEL(kThreads) l1_sums_kernel(FM_LARGE Each each, int64_t* limbs) {
     MassShared& mine = shared<MassShared>();
     FM_UNROLL
     for (int group = 0; group < kGroups; ++group) mine.sum[0][group][thread()] = mine.sum[1][group][thread()] = 0;
-    Own own = open_own(each, true, mine.kept, mine.partial);
+    Own own = open_own(each, mine.kept, mine.partial);
     // The sums of one group are in registers: neighbours are of one size mostly.
     uint64_t all = 0, some = 0;
     int group = 0;
@@ -137,16 +139,10 @@ FM_KERNEL(kThreads) l1_sums_kernel(FM_LARGE Each each, int64_t* limbs) {
         mine.sum[1][group][thread()] += some;
         all = some = 0;
     };
-    for (int64_t at = own.begin + thread() * kEach; at < own.end; at += kTile) {
+    for (int32_t at = thread() * kEach; at < own.length; at += kTile) {
         float delta[kEach];
         own_delta(each, own, at, delta);
-        uint32_t bits = 0;
-        if (each.rule.method == kBand) {
-            each_in_band(mine.kept, static_cast<int32_t>(at - own.tie_block), delta,
-                         [&](int t, bool keep) { bits |= (keep ? 1u : 0u) << t; });
-        } else {
-            bits = kept_bits(each.rule, mine.kept, at);
-        }
+        uint32_t bits = own_bits(each, own, mine.kept, at, delta);
         FM_UNROLL
         for (int t = 0; t < kEach; ++t) {
             uint32_t key = bit_cast<uint32_t>(delta[t]) & 0x7fffffffu;
@@ -197,13 +193,10 @@ FM_KERNEL(kThreads) carry_kernel(int64_t* limbs, int32_t sums) {
 }
 static_assert(2 * kMostModels <= kThreads, "a thread for each sum");
 
-// --- DELLA: ranks within rows
+// --- DELLA: ranks within rows ----------------------------------------------------------------------------------------
 
 FM_DEVICE void row_delta(const Rows& rows, int64_t at, int64_t end, float* delta) {
-    float base[kEach];
-    bool subtract = rows.base.data != nullptr;
-    if (subtract) load_rounded(rows.base, rows.compute, at, end, base);
-    delta8(rows.x, subtract, rows.compute, at, end, base, delta);
+    delta_at(rows.base, rows.base.data != nullptr, rows.x, rows.compute, at, end, delta);
 }
 
 FM_KERNEL(kThreads) row_keys_kernel(Rows rows, int32_t* keys) {

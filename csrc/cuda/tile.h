@@ -17,10 +17,16 @@ constexpr int kTilesPerTieBlock = static_cast<int>(kTieBlock / kTile);
 
 FM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// A tensor from one of its elements on.
+FM_INLINE Array from_element(Array x, int64_t i) {
+    return {static_cast<const char*>(x.data) + dtype_size(x.dtype) * i, x.dtype};
+}
+
 // --- loads
+// ------------------------------------------------------------------------------------------------------------
 
 // Sixteen bytes that begin at byte `shift` (1 to 15) of the first of two words of 16 bytes.
-FM_INLINE void shifted16(const uint32_t* first, const uint32_t* second, uint32_t shift, uint32_t* out) {
+FM_DEVICE void shifted16(const uint32_t* first, const uint32_t* second, uint32_t shift, uint32_t* out) {
     uint32_t all[8] = {first[0], first[1], first[2], first[3], second[0], second[1], second[2], second[3]};
     // By selects, for an array that is indexed by a variable is kept in memory.
     FM_UNROLL
@@ -29,65 +35,83 @@ FM_INLINE void shifted16(const uint32_t* first, const uint32_t* second, uint32_t
     for (int i = 0; i < 5; ++i) all[i] = (shift & 4u) ? all[i + 1] : all[i];
     uint32_t bits = 8u * (shift & 3u);
     FM_UNROLL
-    for (int i = 0; i < 4; ++i) out[i] = bits == 0 ? all[i] : (all[i] >> bits) | (all[i + 1] << (32u - bits));
+    for (int i = 0; i < 4; ++i) out[i] = from_bit(all[i], all[i + 1], bits);
 }
 
-// Sixteen bytes from anywhere. Where they do not begin at a multiple of 16 the two words that they lie in are read,
-// each of which has at least one byte of them, so that no page is read that has none.
-FM_DEVICE void load_bytes(const void* from, uint32_t* out) {
+// Eight elements as they lie in memory, of types of 16 bits or (kWide) of any: so that loads of several tensors are
+// under way before the first of them is waited for.
+template <bool kWide>
+struct Raw {
+    uint32_t word[kWide ? 8 : 4];
+};
+
+// Sixteen bytes from anywhere. Where they do not begin at a multiple of 16 the two words of 16 bytes that they lie in
+// are read, but none that begins at `limit` or past it, so that no page is read that has none of the data.
+FM_DEVICE void load_bytes_before(const char* from, const char* limit, uint32_t* out) {
     uint32_t shift = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from) & 15u);
-    const char* start = static_cast<const char*>(from) - shift;
-    Words4 first = load16(start);
+    const char* start = from - shift;
+    Words4 first = {{0, 0, 0, 0}}, second = {{0, 0, 0, 0}};
+    if (start < limit) first = load16(start);
+    if (shift != 0 && start + 16 < limit) second = load16(start + 16);
     if (shift == 0) {
         FM_UNROLL
         for (int i = 0; i < 4; ++i) out[i] = first.word[i];
         return;
     }
-    Words4 second = load16(start + 16);
     shifted16(first.word, second.word, shift, out);
 }
 
-FM_DEVICE float read_one(Array x, int64_t i) {
-    const unsigned char* from = static_cast<const unsigned char*>(x.data) + dtype_size(x.dtype) * i;
-    uint32_t bits = static_cast<uint32_t>(from[0]) | (static_cast<uint32_t>(from[1]) << 8);
-    if (x.dtype == kFloat32) {
-        bits |= (static_cast<uint32_t>(from[2]) << 16) | (static_cast<uint32_t>(from[3]) << 24);
-        return bit_cast<float>(bits);
-    }
-    return x.dtype == kBFloat16 ? widen_bfloat16(static_cast<uint16_t>(bits))
-                                : widen_float16(static_cast<uint16_t>(bits));
-}
-
-// Elements at .. at + 7 as float32; those from `end` on are 0.
-FM_DEVICE void load8(Array x, int64_t at, int64_t end, float* out) {
-    if (at + kEach > end) {
+// Elements at .. at + 7; those from `end` on are rubbish. simple: the data begin at a multiple of 16 bytes, and none of
+// the eight is past the end.
+template <bool kWide>
+FM_DEVICE void load_raw(Array x, int64_t at, int64_t end, bool simple, Raw<kWide>& out) {
+    int64_t size = kWide ? dtype_size(x.dtype) : 2;
+    const char* from = static_cast<const char*>(x.data) + size * at;
+    if (simple) {
+        Words4 first = load16(from);
         FM_UNROLL
-        for (int t = 0; t < kEach; ++t) out[t] = at + t < end ? read_one(x, at + t) : 0.0f;
+        for (int i = 0; i < 4; ++i) out.word[i] = first.word[i];
+        if (kWide) {
+            // The same ones again where there are no more: no branch stands between the loads.
+            Words4 second = load16(from + (size == 4 ? 16 : 0));
+            FM_UNROLL
+            for (int i = 0; i < 4; ++i) out.word[kWide ? 4 + i : i] = second.word[i];
+        }
         return;
     }
-    const char* from = static_cast<const char*>(x.data) + dtype_size(x.dtype) * at;
-    uint32_t words[4];
-    load_bytes(from, words);
-    if (x.dtype == kFloat32) {
-        uint32_t more[4];
-        load_bytes(from + 16, more);
+    const char* limit = static_cast<const char*>(x.data) + size * end;
+    load_bytes_before(from, limit, out.word);
+    if (kWide && size == 4) load_bytes_before(from + 16, limit, out.word + (kWide ? 4 : 0));
+}
+
+template <bool kWide>
+FM_DEVICE void widen_raw(const Raw<kWide>& raw, int32_t dtype, float* out) {
+    if (kWide && dtype == kFloat32) {
         FM_UNROLL
-        for (int i = 0; i < 4; ++i) out[i] = bit_cast<float>(words[i]);
-        FM_UNROLL
-        for (int i = 0; i < 4; ++i) out[4 + i] = bit_cast<float>(more[i]);
-    } else if (x.dtype == kBFloat16) {
+        for (int t = 0; t < kEach; ++t) out[t] = bit_cast<float>(raw.word[kWide ? t : 0]);
+    } else if (dtype == kBFloat16) {
         FM_UNROLL
         for (int i = 0; i < 4; ++i) {
-            out[2 * i] = bit_cast<float>(words[i] << 16);
-            out[2 * i + 1] = bit_cast<float>(words[i] & 0xffff0000u);
+            out[2 * i] = bit_cast<float>(raw.word[i] << 16);
+            out[2 * i + 1] = bit_cast<float>(raw.word[i] & 0xffff0000u);
         }
     } else {
         FM_UNROLL
         for (int i = 0; i < 4; ++i) {
-            out[2 * i] = widen_float16(static_cast<uint16_t>(words[i]));
-            out[2 * i + 1] = widen_float16(static_cast<uint16_t>(words[i] >> 16));
+            out[2 * i] = widen_float16(static_cast<uint16_t>(raw.word[i]));
+            out[2 * i + 1] = widen_float16(static_cast<uint16_t>(raw.word[i] >> 16));
         }
     }
+}
+
+// Elements at .. at + 7 as float32; those from `end` on are 0.
+FM_DEVICE void load8(Array x, int64_t at, int64_t end, float* out) {
+    Raw<true> raw;
+    load_raw<true>(x, at, end, false, raw);
+    widen_raw<true>(raw, x.dtype, out);
+    if (at + kEach <= end) return;
+    FM_UNROLL
+    for (int t = 0; t < kEach; ++t) out[t] = at + t < end ? out[t] : 0.0f;
 }
 
 FM_INLINE void round8(int32_t compute, float* values) {
@@ -115,105 +139,60 @@ FM_DEVICE void delta8(Array x, bool subtract, int32_t compute, int64_t at, int64
     round8(compute, out);
 }
 
-// Eight elements as they lie in memory, of types of 16 bits or (kWide) of any: so that loads of several tensors are
-// under way before the first of them is waited for.
-template <bool kWide>
-struct Raw {
-    uint32_t word[kWide ? 8 : 4];
-};
-
-// Sixteen bytes from anywhere. Words of 16 bytes that begin at `limit` or past it are not read; what is past it is
-// rubbish.
-FM_DEVICE void load_bytes_before(const char* from, const char* limit, uint32_t* out) {
-    uint32_t shift = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from) & 15u);
-    const char* start = from - shift;
-    Words4 first = {{0, 0, 0, 0}}, second = {{0, 0, 0, 0}};
-    if (start < limit) first = load16(start);
-    if (shift != 0 && start + 16 < limit) second = load16(start + 16);
-    shifted16(first.word, second.word, shift, out);
-}
-
-// Elements at .. at + 7, of which the first is before `end`; those from `end` on are rubbish. simple: the data begin at
-// a multiple of 16 bytes, and none is past the end.
-template <bool kWide>
-FM_DEVICE void load_raw(Array x, int64_t at, int64_t end, bool simple, Raw<kWide>& out) {
-    int64_t size = kWide ? dtype_size(x.dtype) : 2;
-    const char* from = static_cast<const char*>(x.data) + size * at;
-    if (simple) {
-        Words4 first = load16(from);
-        FM_UNROLL
-        for (int i = 0; i < 4; ++i) out.word[i] = first.word[i];
-        if (kWide) {
-            // The same ones again where there are no more: no branch stands between the loads.
-            Words4 second = load16(from + (size == 4 ? 16 : 0));
-            FM_UNROLL
-            for (int i = 0; i < 4; ++i) out.word[kWide ? 4 + i : i] = second.word[i];
-        }
-        return;
-    }
-    const char* limit = static_cast<const char*>(x.data) + size * end;
-    load_bytes_before(from, limit, out.word);
-    if (kWide) load_bytes_before(size == 4 ? from + 16 : from, limit, out.word + (kWide ? 4 : 0));
-}
-
-template <bool kWide>
-FM_DEVICE void widen_raw(const Raw<kWide>& raw, int32_t dtype, float* out) {
-    if (kWide && dtype == kFloat32) {
-        FM_UNROLL
-        for (int t = 0; t < kEach; ++t) out[t] = bit_cast<float>(raw.word[kWide ? t : 0]);
-    } else if (dtype == kBFloat16) {
-        FM_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            out[2 * i] = bit_cast<float>(raw.word[i] << 16);
-            out[2 * i + 1] = bit_cast<float>(raw.word[i] & 0xffff0000u);
-        }
-    } else {
-        FM_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            out[2 * i] = widen_float16(static_cast<uint16_t>(raw.word[i]));
-            out[2 * i + 1] = widen_float16(static_cast<uint16_t>(raw.word[i] >> 16));
-        }
-    }
-}
-
 // --- stores
+// -----------------------------------------------------------------------------------------------------------
 
 FM_INLINE uint32_t rounded_bits(int32_t dtype, float value) {
     if (dtype == kFloat32) return bit_cast<uint32_t>(canonical(value));
     return dtype == kBFloat16 ? round_bfloat16(value) : round_float16(value);
 }
 
+// Eight values of a dtype as they lie in memory, in four words, or eight where it is float32.
+FM_DEVICE void pack8(int32_t dtype, const float* values, uint32_t* words) {
+    if (dtype == kFloat32) {
+        FM_UNROLL
+        for (int i = 0; i < kEach; ++i) words[i] = rounded_bits(kFloat32, values[i]);
+        return;
+    }
+    // A GPU rounds two at once, but has a NaN of its own.
+    bool nan = false;
+    FM_UNROLL
+    for (int i = 0; i < kEach; ++i) nan = nan || values[i] != values[i];
+    if (nan) {
+        FM_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            words[i] = rounded_bits(dtype, values[2 * i]) | (rounded_bits(dtype, values[2 * i + 1]) << 16);
+        }
+    } else if (dtype == kBFloat16) {
+        FM_UNROLL
+        for (int i = 0; i < 4; ++i) words[i] = two_bfloat16(values[2 * i], values[2 * i + 1]);
+    } else {
+        FM_UNROLL
+        for (int i = 0; i < 4; ++i) words[i] = two_float16(values[2 * i], values[2 * i + 1]);
+    }
+}
+
 FM_DEVICE void store8(void* data, int32_t dtype, int64_t at, int64_t end, const float* values) {
     int64_t size = dtype_size(dtype);
     unsigned char* to = static_cast<unsigned char*>(data) + size * at;
+    uint32_t words[kEach] = {0, 0, 0, 0, 0, 0, 0, 0};
+    pack8(dtype, values, words);
     if (at + kEach <= end && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-        if (dtype == kFloat32) {
-            FM_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                Words4 four;
-                FM_UNROLL
-                for (int i = 0; i < 4; ++i) four.word[i] = rounded_bits(kFloat32, values[4 * half + i]);
-                store16(to + 16 * half, four);
-            }
-            return;
-        }
-        Words4 eight;
-        FM_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            eight.word[i] = rounded_bits(dtype, values[2 * i]) | (rounded_bits(dtype, values[2 * i + 1]) << 16);
-        }
-        store16(to, eight);
+        Words4 first = {{words[0], words[1], words[2], words[3]}}, second = {{words[4], words[5], words[6], words[7]}};
+        store16(to, first);
+        if (dtype == kFloat32) store16(to + 16, second);
         return;
     }
     FM_UNROLL
     for (int t = 0; t < kEach; ++t) {
         if (at + t >= end) break;
-        uint32_t bits = rounded_bits(dtype, values[t]);
+        uint32_t bits = dtype == kFloat32 ? words[t] : words[t / 2] >> (16 * (t % 2));
         for (int64_t i = 0; i < size; ++i) to[size * t + i] = static_cast<unsigned char>(bits >> (8 * i));
     }
 }
 
 // --- a block together
+// -------------------------------------------------------------------------------------------------
 
 // What the threads before this one have together, and what all have, over a block of kThreads. Called by all of them.
 // `partial` is shared memory for kWarps + 1 numbers, not to be used for anything else before the next barrier.
