@@ -14,6 +14,8 @@
 
 #define FM_DEVICE __device__ __forceinline__
 #define FM_KERNEL(threads) static __global__ void __launch_bounds__(threads)
+// Of which at least so many blocks run at once on a processor: it limits registers.
+#define FM_KERNEL_AT_ONCE(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 // A parameter that is large: it stays where the launch put it.
 #define FM_LARGE const __grid_constant__
 #define FM_UNROLL _Pragma("unroll")

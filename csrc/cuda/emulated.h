@@ -16,6 +16,7 @@
 
 #define FM_DEVICE static inline
 #define FM_KERNEL(threads) static void
+#define FM_KERNEL_AT_ONCE(threads, blocks) static void
 #define FM_LARGE const
 #define FM_UNROLL
 

@@ -15,6 +15,7 @@ namespace cuda {
 namespace {
 
 constexpr int kWide = 1024;                  // threads of a block that has most of a processor's shared memory
+constexpr int kSmallThreads = 512;           // of a block that takes a whole tensor
 constexpr uint32_t kNoKey = 0xffffffffu;     // past the end of a tensor
 constexpr uint32_t kNeverKey = 0xfffffffeu;  // of no element
 constexpr int kRowBits = 11;                 // a row of counts in a descent
@@ -244,7 +245,7 @@ FM_DEVICE void clear(uint32_t* bins, int count, int threads) {
 // A grid of as many blocks as run at once. The blocks of one group take the same part of each model, so that the base
 // is read from memory once.
 template <bool kRaw, bool kInside>
-FM_KERNEL(kWide)
+FM_KERNEL_AT_ONCE(kWide, 1)
 count_keys_kernel(FM_LARGE Work work, Digit digit, uint32_t from, uint32_t inside, bool ranked, int64_t groups,
                   int64_t* counts) {
     int32_t n = work.models.count, model = static_cast<int32_t>(block() % n);
@@ -290,7 +291,7 @@ count_keys_kernel(FM_LARGE Work work, Digit digit, uint32_t from, uint32_t insid
 
 // kLeading: of the leading digit both ranks have the same counts.
 template <bool kLeading>
-FM_KERNEL(kThreads)
+FM_KERNEL_AT_ONCE(kThreads, 4)
 count_digit_kernel(FM_LARGE Work work, int32_t shift, const int64_t* state, int64_t* counts, int32_t* found,
                    int ranks) {
     // All of it but a place is known beforehand: so few registers go on the loop.
@@ -390,7 +391,7 @@ FM_DEVICE void store_bound(int64_t* to, const RankBound& bound) {
     to[1] = bound.ties;
 }
 
-FM_KERNEL(kWide)
+FM_KERNEL_AT_ONCE(kWide, 1)
 choose_digit_kernel(FM_LARGE Work work, Digit digit, bool leading, int64_t* state, int64_t* counts, int64_t* bounds,
                     float* magnitude) {
     int32_t n = work.models.count, model = static_cast<int32_t>(block() % n);
@@ -454,7 +455,7 @@ FM_DEVICE void count_equal(const Source& source, int64_t begin, int64_t end, con
 }
 
 template <bool kRaw>
-FM_KERNEL(kThreads)
+FM_KERNEL_AT_ONCE(kThreads, 4)
 count_ties_kernel(FM_LARGE Work work, const int64_t* bounds, int64_t* counts) {
     int32_t n = work.models.count, model = static_cast<int32_t>(block() % n);
     int64_t tie_block = block() / n;
@@ -515,11 +516,10 @@ struct Small {
 
 // A block for each model of each tensor, which has no more elements than a tie block: no ties come before it.
 template <bool kRaw>
-FM_KERNEL(kWide)
+FM_KERNEL_AT_ONCE(kSmallThreads, 1)
 bounds_of_small_kernel(FM_LARGE Work work, int64_t* bounds, int64_t* ties_before) {
     int32_t n = work.models.count, model = static_cast<int32_t>(block() % n);
     Tensor tensor = tensor_at(work, block() / n);
-    Source source = source_of(work, tensor, model);
     Small& small = shared<Small>();
     bool first = to_be_found(work, tensor, model, 0), second = to_be_found(work, tensor, model, 1);
     bool narrow = work.kind != kFloat32;
@@ -530,22 +530,23 @@ bounds_of_small_kernel(FM_LARGE Work work, int64_t* bounds, int64_t* ties_before
     for (int place = 0; place < (narrow ? 2 : 3) && (first || second); ++place) {
         // Of the leading digit both ranks have the same counts.
         bool leading = place == 0;
-        Digit digit = {narrow ? 8 - 8 * place : 20 - 10 * place, (narrow ? 7 : 10) + (narrow != leading ? 1 : 0)};
+        Digit digit = narrow ? Digit{8 - 8 * place, leading ? 7 : 8} : Digit{20 - 10 * place, leading ? 11 : 10};
         uint32_t size = 1u << digit.width;
         Bins of_first = all_inside(small.bins), of_second = all_inside(small.bins + size);
-        clear(small.bins, 1 << kRowBits, kWide);
+        clear(small.bins, 1 << kRowBits, kSmallThreads);
         sync();
         uint32_t of[2] = {static_cast<uint32_t>(small.prefix[0]), static_cast<uint32_t>(small.prefix[1])};
-        each_key<kWide, kRaw>(source, 0, tensor.numel, [&](int64_t, const uint32_t* keys) {
-            bool same = same_in_warp(keys);
-            if (first || leading) tally<true>(of_first, digit, of[0], keys, same);
-            if (second && !leading) tally<true>(of_second, digit, of[1], keys, same);
-        });
+        each_key<kSmallThreads, kRaw>(source_of(work, tensor, model), 0, tensor.numel,
+                                      [&](int64_t, const uint32_t* keys) {
+                                          bool same = same_in_warp(keys);
+                                          if (first || leading) tally<true>(of_first, digit, of[0], keys, same);
+                                          if (second && !leading) tally<true>(of_second, digit, of[1], keys, same);
+                                      });
         sync();
         for (int which = 0; which < 2; ++which) {
             if (!(which == 0 ? first : second)) continue;
             const uint32_t* counts = small.bins + (leading ? 0u : which * size);
-            Located located = locate<kWide>(counts, static_cast<int>(size), small.rank[which], small.scratch);
+            Located located = locate<kSmallThreads>(counts, static_cast<int>(size), small.rank[which], small.scratch);
             if (thread() != 0) continue;
             small.prefix[which] = (small.prefix[which] << digit.width) | located.digit;
             small.rank[which] -= located.above;
@@ -576,7 +577,7 @@ struct Cache {
     uint32_t beyond;
 };
 
-FM_KERNEL(kThreads) count_window_kernel(FM_LARGE Work work, int64_t width, int64_t* counts) {
+FM_KERNEL_AT_ONCE(kThreads, 4) count_window_kernel(FM_LARGE Work work, int64_t width, int64_t* counts) {
     int32_t n = work.models.count, model = static_cast<int32_t>(block() % n);
     int64_t tie_block = block() / n, begin = tie_block * kTieBlock;
     Tensor tensor = tensor_at(work, 0);
@@ -669,7 +670,7 @@ FM_DEVICE void store_mask(uint8_t* out, int64_t at, int64_t end, const uint32_t*
 }
 
 template <bool kRaw>
-FM_KERNEL(kThreads)
+FM_KERNEL_AT_ONCE(kThreads, 4)
 mask_band_kernel(Array x, int64_t numel, const int64_t* bounds, const int64_t* ties_before, uint8_t* out) {
     Source source = {{nullptr, 0}, x, kFloat32, kRaw ? x.dtype : static_cast<int32_t>(kFloat32)};
     BlockBound first = block_bound(bounds, ties_before, block(), blocks(), source.kind);
@@ -767,7 +768,8 @@ int sum_ties(Place place, const Work& work, const int64_t* bounds, const int32_t
 
 int bounds_of_small(Place place, const Work& work, int64_t* bounds, int64_t* ties_before) {
     return launch(is_raw(work) ? bounds_of_small_kernel<true> : bounds_of_small_kernel<false>,
-                  work.tensors * work.models.count, kWide, sizeof(Small), place.stream, work, bounds, ties_before);
+                  work.tensors * work.models.count, kSmallThreads, sizeof(Small), place.stream, work, bounds,
+                  ties_before);
 }
 
 int count_window(Place place, const Work& work, int64_t width, int64_t* counts) {

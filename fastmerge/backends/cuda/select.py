@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 SMALL = TIE_BLOCK
-"""Elements up to which one block of threads takes all of a tensor, again and again, out of the cache. At most as many as
-a tie block has: no ties come before them then."""
+"""Elements up to which one block of threads takes all of a tensor, again and again, out of the cache. No more than a tie
+block has: no ties come before it then."""
 
 WIDE = CODES[torch.float32]
 """The kind of keys that have 31 bits; the other kinds are the codes of 16-bit dtypes, whose keys have 15."""
@@ -112,7 +112,8 @@ class _Work:
                 before += blocks[t]
             table = copied(words, device)
         described = compiled.Work(
-            NOTHING if bases is None else ref(bases[0]),
+            # The address of one without elements would say that there is none.
+            NOTHING if bases is None else ref(max(bases, key=Tensor.numel)),
             bases is not None,
             [ref(x) for x in models],
             lengths[0],
