@@ -70,8 +70,7 @@ def test_levels_of_more_bins_than_fit(prefix: list[int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize(("compute", "base"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
 def test_bounds_of_several_tie_blocks(dtype: torch.dtype, compute: torch.dtype, base: bool) -> None:
     numel = 2 * TIE_BLOCK + 13
     models = [values(numel, dtype, 6, shift=1), values(numel, dtype, 7)]
@@ -79,12 +78,11 @@ def test_bounds_of_several_tie_blocks(dtype: torch.dtype, compute: torch.dtype, 
     on_both(ops.magnitude_bounds, origin, models, [0, numel // 100], [numel // 3, numel * 9 // 10], compute=compute)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("value", [0.0, 0.5])
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, 0.5), (torch.bfloat16, 0.0), (torch.float16, 0.5)])
 def test_equal_elements(dtype: torch.dtype, value: float) -> None:
     """In more than one tie block, the first of which the cut takes whole, or not."""
     x = torch.full((2 * TIE_BLOCK + 100,), value, dtype=dtype, device=device())
-    for last in (1, TIE_BLOCK - 1, TIE_BLOCK, TIE_BLOCK + 1, 2 * TIE_BLOCK + 99):
+    for last in (TIE_BLOCK, TIE_BLOCK + 1, 2 * TIE_BLOCK + 99):
         bounds = on_reference_and_cuda_bounds(x, last // 2, last)
         same(topk("cuda", x, *bounds), topk("reference", x, *bounds))
 
@@ -127,11 +125,10 @@ def test_masks_of_any_limits(dtype: torch.dtype) -> None:
         same(topk("cuda", x, bounds, none), topk("reference", x, bounds, none))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize(("dtype", "base"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, True)])
 def test_many_tensors(dtype: torch.dtype, base: bool) -> None:
     """Small ones, one of which is empty, and large ones, which go other ways."""
-    lengths = (TIE_BLOCK + 1, 0, 1, 1000, 2 * TIE_BLOCK, TIE_BLOCK, 77, TIE_BLOCK + 5)
+    lengths = (0, TIE_BLOCK + 1, 1, 1000, 2 * TIE_BLOCK, TIE_BLOCK)
     models = [[values(numel, dtype, 10 + n, shift=n) for numel in lengths] for n in range(2)]
     bases = [values(numel, torch.bfloat16, 20) for numel in lengths] if base else None
     first = [[0, numel // 9] for numel in lengths]
@@ -150,7 +147,7 @@ def test_many_tensors(dtype: torch.dtype, base: bool) -> None:
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16,), DTYPES])
 def test_kth_of_shards(dtypes: tuple[torch.dtype, ...]) -> None:
     shards = [values(numel, dtype, 30) for dtype in dtypes for numel in (TIE_BLOCK + 9, 100)]
-    for k in (1, 1000, 60000, sum(shard.numel() for shard in shards)):
+    for k in (1, 60000, sum(shard.numel() for shard in shards)):
         on_both(lambda *a, **o: torch.tensor(ops.kth_magnitude(*a, **o)), shards, k)
 
 

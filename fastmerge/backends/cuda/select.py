@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 SMALL = TIE_BLOCK
-"""Elements up to which one block of threads takes all of a tensor, again and again, out of the cache. No more than a tie
-block has: no ties come before it then."""
+"""Elements up to which one block of threads takes all of a tensor, again and again, out of the cache. No more than a
+tie block has: no ties come before it then."""
 
 WIDE = CODES[torch.float32]
 """The kind of keys that have 31 bits; the other kinds are the codes of 16-bit dtypes, whose keys have 15."""
