@@ -102,7 +102,7 @@ class _Work:
         device = models[0].device
         table = None
         if len(tensors) > 1 or results is not None:
-            words = [tensor for tensor, count in enumerate(blocks) for _ in range(count)]
+            words: list[int] = []
             before = 0
             for t, row in enumerate(tensors):
                 base = 0 if bases is None else bases[t].data_ptr()
@@ -110,7 +110,8 @@ class _Work:
                 words += [x.data_ptr() for x in row]
                 words += [*numbers[t], base, lengths[t], before, first, index]
                 before += blocks[t]
-            table = copied(words, device)
+            tensor_of = torch.arange(len(tensors)).repeat_interleave(torch.tensor(blocks))
+            table = copied(torch.cat((tensor_of, torch.tensor(words))), device)
         described = compiled.Work(
             # The address of one without elements would say that there is none.
             NOTHING if bases is None else ref(max(bases, key=Tensor.numel)),
