@@ -250,7 +250,13 @@ FM_DEVICE void tally(const Bins& bins, Digit digit, uint32_t prefix, const uint3
     } else {
         FM_UNROLL
         for (int t = 0; t < kEach; ++t) {
-            if (keys[t] >> above == prefix) add<kInside>(bins, (keys[t] >> digit.shift) & mask, 1u);
+            bool counted = keys[t] >> above == prefix;
+            uint32_t bin = (keys[t] >> digit.shift) & mask;
+            if (kInside) {
+                count_if(&bins.local[bin], counted);
+            } else if (counted) {
+                add<kInside>(bins, bin, 1u);
+            }
         }
     }
 }
