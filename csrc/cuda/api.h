@@ -24,8 +24,8 @@ int64_t launches();      // how many kernels were launched so far
 int64_t processors();    // of the current device
 
 // select. counts, bounds, ties: int64. Where counts are added to, they begin as 0.
-// Counts digits: row by row, 2^width bins each. ranked: only of models that have a rank to find; otherwise of keys that
-// begin with their model's number.
+// Counts digits: row by row, 2^width bins each. ranked: the leading digit of all keys, of models that have a rank to
+// find or of the one vector; otherwise of keys that begin with their model's number.
 int count_keys(Place place, const Work& work, Digit digit, bool ranked, int64_t* counts);
 // The same of at most 11 bits, of keys that begin with the state's prefix for each of two ranks: [rows, 2, 2^width],
 // or, of the leading digit, [rows, 2^width], in rows of 2^11 numbers. found: int32 [n, ranks, blocks, 2^width], or

@@ -15,6 +15,7 @@ namespace cuda {
 namespace {
 
 constexpr int kWide = 1024;                  // threads of a block that has most of a processor's shared memory
+constexpr int kSmallThreads = 512;           // of a block that takes a whole tensor
 constexpr uint32_t kNoKey = 0xffffffffu;     // past the end of a tensor
 constexpr uint32_t kNeverKey = 0xfffffffeu;  // of no element
 constexpr int kRowBits = 11;                 // a row of counts in a descent
@@ -139,36 +140,42 @@ FM_DEVICE void forget_past(int64_t at, int64_t end, uint32_t* keys) {
     for (int t = 0; t < kEach; ++t) keys[t] = at + t < end ? keys[t] : kNoKey;
 }
 
-// Calls `use` with eight keys and where they are, tile by tile, all threads of a block together. kRaw: the keys are the
-// bits of 16-bit numbers.
+// Calls `use` with eight 16-bit numbers, in four words, and where they are, tile by tile, all threads of a block
+// together.
+template <int kBlock, class Use>
+FM_DEVICE void each_words(Array x, int64_t begin, int64_t end, Use use) {
+    if (begin >= end) return;
+    constexpr int64_t kStride = kBlock * kEach;
+    int64_t at = begin + thread() * kEach;
+    uint32_t next[8];
+    load_pair(x.data, at, kStride, end, next);
+    for (int64_t tile = begin; tile < end; tile += 2 * kStride, at += 2 * kStride) {
+        uint32_t now[8];
+        FM_UNROLL
+        for (int i = 0; i < 8; ++i) now[i] = next[i];
+        if (tile + 2 * kStride < end) load_pair(x.data, at + 2 * kStride, kStride, end, next);
+        use(at, now);
+        use(at + kStride, now + 4);
+    }
+}
+
+// The same with eight keys, those past the end kNoKey. kRaw: they are the bits of 16-bit numbers.
 template <int kBlock, bool kRaw, class Use>
 FM_DEVICE void each_key(const Source& source, int64_t begin, int64_t end, Use use) {
-    if (begin >= end) return;
-    uint32_t keys[kEach];
     if (kRaw) {
-        constexpr int64_t kStride = kBlock * kEach;
-        int64_t at = begin + thread() * kEach;
-        uint32_t next[8];
-        load_pair(source.x.data, at, kStride, end, next);
-        for (int64_t tile = begin; tile < end; tile += 2 * kStride, at += 2 * kStride) {
-            uint32_t now[8];
+        each_words<kBlock>(source.x, begin, end, [&](int64_t at, const uint32_t* words) {
+            uint32_t keys[kEach];
             FM_UNROLL
-            for (int i = 0; i < 8; ++i) now[i] = next[i];
-            if (tile + 2 * kStride < end) load_pair(source.x.data, at + 2 * kStride, kStride, end, next);
-            FM_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                FM_UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    uint32_t word = now[4 * half + i];
-                    keys[2 * i] = magnitude_key16(static_cast<uint16_t>(word), source.kind);
-                    keys[2 * i + 1] = magnitude_key16(static_cast<uint16_t>(word >> 16), source.kind);
-                }
-                forget_past(at + half * kStride, end, keys);
-                use(at + half * kStride, keys);
+            for (int i = 0; i < 4; ++i) {
+                keys[2 * i] = magnitude_key16(static_cast<uint16_t>(words[i]), source.kind);
+                keys[2 * i + 1] = magnitude_key16(static_cast<uint16_t>(words[i] >> 16), source.kind);
             }
-        }
+            forget_past(at, end, keys);
+            use(at, keys);
+        });
         return;
     }
+    uint32_t keys[kEach];
     bool subtract = source.base.data != nullptr;
     for (int64_t tile = begin; tile < end; tile += kBlock * kEach) {
         int64_t at = tile + thread() * kEach;
@@ -189,12 +196,18 @@ struct Bins {
     uint32_t* local;
     int64_t* global;
     uint32_t from, inside;
+    int32_t kind, shift;  // of a 16-bit dtype: bins are its bits, and the digits in memory begin at bit `shift`
 };
 
 // All of them are in shared memory.
 FM_INLINE Bins all_inside(uint32_t* local) {
-    Bins bins = {local, nullptr, 0, 0};
+    Bins bins = {local, nullptr, 0, 0, kFloat32, 0};
     return bins;
+}
+
+FM_DEVICE void add_global(const Bins& bins, uint32_t bin, uint32_t times) {
+    uint32_t digit = bins.kind == kFloat32 ? bin : magnitude_key16(static_cast<uint16_t>(bin), bins.kind) >> bins.shift;
+    atomic_add(&bins.global[digit], static_cast<int64_t>(times));
 }
 
 template <bool kInside>
@@ -207,7 +220,7 @@ FM_DEVICE void add(const Bins& bins, uint32_t bin, uint32_t times) {
     } else if (bin == 0) {
         atomic_add(&bins.local[bins.inside], times);
     } else {
-        atomic_add(&bins.global[bin], static_cast<int64_t>(times));
+        add_global(bins, bin, times);
     }
 }
 
@@ -219,18 +232,56 @@ FM_DEVICE bool same_in_warp(const uint32_t* keys) {
     return all_of_warp(differs == 0);
 }
 
-// Counts the digits of keys that begin with `prefix`.
+// Counts the digits of keys that begin with `prefix`. every: these eight do, and the digit is the leading one.
 template <bool kInside>
-FM_DEVICE void tally(const Bins& bins, Digit digit, uint32_t prefix, const uint32_t* keys, bool same) {
+FM_DEVICE void tally(const Bins& bins, Digit digit, uint32_t prefix, const uint32_t* keys, bool same, bool every) {
     uint32_t mask = (1u << digit.width) - 1u;
     int above = digit.shift + digit.width;
     if (same) {
-        if (lane() == 0 && keys[0] >> above == prefix) add<kInside>(bins, (keys[0] >> digit.shift) & mask, 32 * kEach);
-        return;
+        if (lane() == 0 && keys[0] >> above == prefix) {
+            add<kInside>(bins, (keys[0] >> digit.shift) & mask, 32 * kEach);
+        }
+    } else if (every) {
+        FM_UNROLL
+        for (int t = 0; t < kEach; ++t) add<kInside>(bins, keys[t] >> digit.shift, 1u);
+    } else {
+        FM_UNROLL
+        for (int t = 0; t < kEach; ++t) {
+            bool counted = keys[t] >> above == prefix;
+            uint32_t bin = (keys[t] >> digit.shift) & mask;
+            if (kInside) {
+                count_if(&bins.local[bin], counted);
+            } else if (counted) {
+                add<kInside>(bins, bin, 1u);
+            }
+        }
     }
+}
+
+// Counts the bits of eight 16-bit numbers but their signs; NaNs are put together later.
+template <bool kInside>
+FM_DEVICE void tally_bits(const Bins& bins, const uint32_t* words, int64_t at, int64_t end) {
+    uint32_t two[4];
     FM_UNROLL
-    for (int t = 0; t < kEach; ++t) {
-        if (keys[t] >> above == prefix) add<kInside>(bins, (keys[t] >> digit.shift) & mask, 1u);
+    for (int i = 0; i < 4; ++i) two[i] = words[i] & 0x7fff7fffu;
+    bool whole = at + kEach <= end;
+    uint32_t differs = two[0] ^ from_lane(two[0], 0);
+    differs |= (two[0] >> 16) ^ (two[0] & 0xffffu);
+    FM_UNROLL
+    for (int i = 1; i < 4; ++i) differs |= two[i] ^ two[0];
+    if (all_of_warp(whole && differs == 0)) {
+        if (lane() == 0) add<kInside>(bins, two[0] >> 16, 32 * kEach);
+    } else if (whole) {
+        FM_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            add<kInside>(bins, two[i] & 0xffffu, 1u);
+            add<kInside>(bins, two[i] >> 16, 1u);
+        }
+    } else {
+        FM_UNROLL
+        for (int t = 0; t < kEach; ++t) {
+            if (at + t < end) add<kInside>(bins, (two[t / 2] >> (16 * (t % 2))) & 0xffffu, 1u);
+        }
     }
 }
 
@@ -239,15 +290,16 @@ FM_DEVICE void clear(uint32_t* bins, int count, int threads) {
 }
 
 // A grid of as many blocks as run at once. The blocks of one group take the same part of each model, so that the base
-// is read from memory once.
+// is read from memory once. kRaw: bins are the bits of 16-bit numbers, and become those of digits when they are added.
 template <bool kRaw, bool kInside>
-FM_KERNEL(kWide)
+FM_KERNEL_RESIDENT(kWide, 1)
 count_keys_kernel(FM_LARGE Work work, Digit digit, uint32_t from, uint32_t inside, bool ranked, int64_t groups,
                   int64_t* counts) {
     int32_t n = work.models.count, model = static_cast<int32_t>(block() % n);
     int64_t group = block() / n, units = work.blocks * (kTieBlock / kUnit);
     int64_t start = units * group / groups * kUnit, stop = units * (group + 1) / groups * kUnit;
-    Bins bins = {&shared<uint32_t>(), nullptr, from, inside};
+    Bins bins = {&shared<uint32_t>(),   nullptr, from, inside, kRaw ? work.kind : static_cast<int32_t>(kFloat32),
+                 kRaw ? digit.shift : 0};
     int64_t row = -1, counted = 0;
     clear(bins.local, static_cast<int>(inside) + 1, kWide);
     sync();
@@ -256,7 +308,7 @@ count_keys_kernel(FM_LARGE Work work, Digit digit, uint32_t from, uint32_t insid
         for (uint32_t i = static_cast<uint32_t>(thread()); i <= inside; i += kWide) {
             uint32_t found = bins.local[i];
             if (found == 0) continue;
-            atomic_add(&bins.global[i == inside ? 0 : from + i], static_cast<int64_t>(found));
+            add_global(bins, i == inside ? 0 : from + i, found);
             bins.local[i] = 0;
         }
         sync();
@@ -277,17 +329,25 @@ count_keys_kernel(FM_LARGE Work work, Digit digit, uint32_t from, uint32_t insid
             bins.global = counts + (row << digit.width);
         }
         counted += kTieBlock;
-        uint32_t prefix = ranked ? 0u : static_cast<uint32_t>(number_of(work, tensor, 2 * model));
-        each_key<kWide, kRaw>(source_of(work, tensor, model), begin, end, [&](int64_t, const uint32_t* keys) {
-            tally<kInside>(bins, digit, prefix, keys, same_in_warp(keys));
-        });
+        Source source = source_of(work, tensor, model);
+        if (kRaw) {
+            each_words<kWide>(source.x, begin, end, [&](int64_t place, const uint32_t* words) {
+                tally_bits<kInside>(bins, words, place, end);
+            });
+        } else {
+            uint32_t prefix = ranked ? 0u : static_cast<uint32_t>(number_of(work, tensor, 2 * model));
+            bool every = prefix == 0 && digit.shift + digit.width == (work.kind == kFloat32 ? 31 : 15);
+            each_key<kWide, false>(source, begin, end, [&](int64_t place, const uint32_t* keys) {
+                tally<kInside>(bins, digit, prefix, keys, same_in_warp(keys), every && place + kEach <= end);
+            });
+        }
     }
     if (row >= 0) flush();
 }
 
 // kLeading: of the leading digit both ranks have the same counts.
 template <bool kLeading>
-FM_KERNEL(kThreads)
+FM_KERNEL_RESIDENT(kThreads, 4)
 count_digit_kernel(FM_LARGE Work work, int32_t shift, const int64_t* state, int64_t* counts, int32_t* found,
                    int ranks) {
     // All of it but a place is known beforehand: so few registers go on the loop.
@@ -308,13 +368,13 @@ count_digit_kernel(FM_LARGE Work work, int32_t shift, const int64_t* state, int6
     sync();
     int64_t begin = (tie_block - tensor.first) * kTieBlock;
     Source source = source_of(work, tensor, model);
-    each_key<kThreads, false>(source, begin, smaller(tensor.numel, begin + kTieBlock),
-                              [&](int64_t, const uint32_t* keys) {
-                                  bool same = same_in_warp(keys);
-                                  tally<true>(all_inside(local), digit, kLeading ? 0u : of_first, keys, same);
-                                  if (kLeading || of_second == kNeverKey) return;
-                                  tally<true>(all_inside(local + size), digit, of_second, keys, same);
-                              });
+    int64_t end = smaller(tensor.numel, begin + kTieBlock);
+    each_key<kThreads, false>(source, begin, end, [&](int64_t at, const uint32_t* keys) {
+        bool same = same_in_warp(keys);
+        tally<true>(all_inside(local), digit, kLeading ? 0u : of_first, keys, same, kLeading && at + kEach <= end);
+        if (kLeading || of_second == kNeverKey) return;
+        tally<true>(all_inside(local + size), digit, of_second, keys, same, false);
+    });
     sync();
     for (uint32_t i = static_cast<uint32_t>(thread()); i < all; i += kThreads) {
         if (local[i] != 0) atomic_add(&counts[(row << kRowBits) + i], static_cast<int64_t>(local[i]));
@@ -386,7 +446,7 @@ FM_DEVICE void store_bound(int64_t* to, const RankBound& bound) {
     to[1] = bound.ties;
 }
 
-FM_KERNEL(kWide)
+FM_KERNEL_RESIDENT(kWide, 1)
 choose_digit_kernel(FM_LARGE Work work, Digit digit, bool leading, int64_t* state, int64_t* counts, int64_t* bounds,
                     float* magnitude) {
     int32_t n = work.models.count, model = static_cast<int32_t>(block() % n);
@@ -449,7 +509,7 @@ FM_DEVICE void count_equal(const Source& source, int64_t begin, int64_t end, con
 }
 
 template <bool kRaw>
-FM_KERNEL(kThreads)
+FM_KERNEL_RESIDENT(kThreads, 4)
 count_ties_kernel(FM_LARGE Work work, const int64_t* bounds, int64_t* counts) {
     int32_t n = work.models.count, model = static_cast<int32_t>(block() % n);
     int64_t tie_block = block() / n;
@@ -509,11 +569,10 @@ struct Small {
 
 // A block for each model of each tensor, which has no more elements than a tie block: no ties come before it.
 template <bool kRaw>
-FM_KERNEL(kWide)
+FM_KERNEL_RESIDENT(kSmallThreads, 1)
 bounds_of_small_kernel(FM_LARGE Work work, int64_t* bounds, int64_t* ties_before) {
     int32_t n = work.models.count, model = static_cast<int32_t>(block() % n);
     Tensor tensor = tensor_at(work, block() / n);
-    Source source = source_of(work, tensor, model);
     Small& small = shared<Small>();
     bool first = to_be_found(work, tensor, model, 0), second = to_be_found(work, tensor, model, 1);
     bool narrow = work.kind != kFloat32;
@@ -524,22 +583,24 @@ bounds_of_small_kernel(FM_LARGE Work work, int64_t* bounds, int64_t* ties_before
     for (int place = 0; place < (narrow ? 2 : 3) && (first || second); ++place) {
         // Of the leading digit both ranks have the same counts.
         bool leading = place == 0;
-        Digit digit = {narrow ? 8 - 8 * place : 20 - 10 * place, (narrow ? 7 : 10) + (narrow != leading ? 1 : 0)};
+        Digit digit = narrow ? Digit{8 - 8 * place, leading ? 7 : 8} : Digit{20 - 10 * place, leading ? 11 : 10};
         uint32_t size = 1u << digit.width;
         Bins of_first = all_inside(small.bins), of_second = all_inside(small.bins + size);
-        clear(small.bins, 1 << kRowBits, kWide);
+        clear(small.bins, 1 << kRowBits, kSmallThreads);
         sync();
         uint32_t of[2] = {static_cast<uint32_t>(small.prefix[0]), static_cast<uint32_t>(small.prefix[1])};
-        each_key<kWide, kRaw>(source, 0, tensor.numel, [&](int64_t, const uint32_t* keys) {
-            bool same = same_in_warp(keys);
-            if (first || leading) tally<true>(of_first, digit, of[0], keys, same);
-            if (second && !leading) tally<true>(of_second, digit, of[1], keys, same);
-        });
+        each_key<kSmallThreads, kRaw>(source_of(work, tensor, model), 0, tensor.numel,
+                                      [&](int64_t, const uint32_t* keys) {
+                                          bool same = same_in_warp(keys);
+                                          if (first || leading) tally<true>(of_first, digit, of[0], keys, same, false);
+                                          if (second && !leading)
+                                              tally<true>(of_second, digit, of[1], keys, same, false);
+                                      });
         sync();
         for (int which = 0; which < 2; ++which) {
             if (!(which == 0 ? first : second)) continue;
             const uint32_t* counts = small.bins + (leading ? 0u : which * size);
-            Located located = locate<kWide>(counts, static_cast<int>(size), small.rank[which], small.scratch);
+            Located located = locate<kSmallThreads>(counts, static_cast<int>(size), small.rank[which], small.scratch);
             if (thread() != 0) continue;
             small.prefix[which] = (small.prefix[which] << digit.width) | located.digit;
             small.rank[which] -= located.above;
@@ -569,7 +630,7 @@ struct Cache {
     uint32_t beyond;
 };
 
-FM_KERNEL(kThreads) count_window_kernel(FM_LARGE Work work, int64_t width, int64_t* counts) {
+FM_KERNEL_RESIDENT(kThreads, 4) count_window_kernel(FM_LARGE Work work, int64_t width, int64_t* counts) {
     int32_t n = work.models.count, model = static_cast<int32_t>(block() % n);
     int64_t tie_block = block() / n, begin = tie_block * kTieBlock;
     Tensor tensor = tensor_at(work, 0);
@@ -661,7 +722,7 @@ FM_DEVICE void store_mask(uint8_t* out, int64_t at, int64_t end, const uint32_t*
 }
 
 template <bool kRaw>
-FM_KERNEL(kThreads)
+FM_KERNEL_RESIDENT(kThreads, 4)
 mask_band_kernel(Array x, int64_t numel, const int64_t* bounds, const int64_t* ties_before, uint8_t* out) {
     Source source = {{nullptr, 0}, x, kFloat32, kRaw ? x.dtype : static_cast<int32_t>(kFloat32)};
     BlockBound first = block_bound(bounds, ties_before, block(), blocks(), source.kind);
@@ -714,11 +775,12 @@ bool is_raw(const Work& work) {
 }  // namespace
 
 int count_keys(Place place, const Work& work, Digit digit, bool ranked, int64_t* counts) {
-    int64_t bins = int64_t{1} << digit.width, limit = shared_limit() / 4 - 4;
+    bool raw = ranked && is_raw(work);
+    int64_t bins = int64_t{1} << (raw ? 15 : digit.width), limit = shared_limit() / 4 - 4;
     int64_t inside = smaller(bins, limit), from = 0;
     if (inside < bins && digit.shift + digit.width == key_bits(work)) {
         // Where not all fit, those around the magnitude 1: weights lie below it, and few far below.
-        int64_t one = key_of(1.0f, work.kind) >> digit.shift;
+        int64_t one = key_of(1.0f, work.kind) >> (raw ? 0 : digit.shift);
         from = smaller(bins - inside, one - inside * 2 / 3);
         if (from < 0) from = 0;
     }
@@ -726,10 +788,10 @@ int count_keys(Place place, const Work& work, Digit digit, bool ranked, int64_t*
     int64_t n = work.models.count, groups = smaller(at_once / n, work.blocks * (kTieBlock / kUnit));
     if (groups < 1) groups = 1;
     bool all = inside == bins;
-    auto raw = all ? count_keys_kernel<true, true> : count_keys_kernel<true, false>;
+    auto of_bits = all ? count_keys_kernel<true, true> : count_keys_kernel<true, false>;
     auto other = all ? count_keys_kernel<false, true> : count_keys_kernel<false, false>;
-    return launch(is_raw(work) ? raw : other, groups * n, kWide, static_cast<size_t>(4 * (inside + 1)), place.stream,
-                  work, digit, static_cast<uint32_t>(from), static_cast<uint32_t>(inside), ranked, groups, counts);
+    return launch(raw ? of_bits : other, groups * n, kWide, static_cast<size_t>(4 * (inside + 1)), place.stream, work,
+                  digit, static_cast<uint32_t>(from), static_cast<uint32_t>(inside), ranked, groups, counts);
 }
 
 int count_digit(Place place, const Work& work, Digit digit, const int64_t* state, int64_t* counts, int32_t* found,
@@ -759,7 +821,8 @@ int sum_ties(Place place, const Work& work, const int64_t* bounds, const int32_t
 
 int bounds_of_small(Place place, const Work& work, int64_t* bounds, int64_t* ties_before) {
     return launch(is_raw(work) ? bounds_of_small_kernel<true> : bounds_of_small_kernel<false>,
-                  work.tensors * work.models.count, kWide, sizeof(Small), place.stream, work, bounds, ties_before);
+                  work.tensors * work.models.count, kSmallThreads, sizeof(Small), place.stream, work, bounds,
+                  ties_before);
 }
 
 int count_window(Place place, const Work& work, int64_t width, int64_t* counts) {

@@ -61,6 +61,12 @@ FM_DEVICE void load_bytes_before(const char* from, const char* limit, uint32_t* 
     shifted16(first.word, second.word, shift, out);
 }
 
+// Sixteen bytes from anywhere, all of which are there.
+FM_DEVICE void load_bytes(const void* from, uint32_t* out) {
+    const char* start = static_cast<const char*>(from);
+    load_bytes_before(start, start + 16, out);
+}
+
 // Elements at .. at + 7; those from `end` on are rubbish. simple: the data begin at a multiple of 16 bytes, and none of
 // the eight is past the end.
 template <bool kWide>

@@ -49,8 +49,8 @@ def inputs(base: Tensor | None, tensors: list[Tensor], compute: torch.dtype) -> 
     return reference, base is not None, [ref(x) for x in tensors], tensors[0].numel(), CODES[compute]
 
 
-def copied(values: list[int], device: torch.device) -> Tensor:
+def copied(values: list[int] | Tensor, device: torch.device) -> Tensor:
     """int64 numbers in the device's memory, copied while the host goes on."""
-    host = torch.tensor(values, dtype=torch.int64)
+    host = torch.as_tensor(values, dtype=torch.int64)
     # Pinned memory is given back only when the copy has been made: PyTorch sees to it.
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 SMALL = TIE_BLOCK
-"""Elements up to which one block of threads takes all of a tensor, again and again, out of the cache. At most as many as
-a tie block has: no ties come before them then."""
+"""Elements up to which one block of threads takes all of a tensor, again and again, out of the cache. No more than a
+tie block has: no ties come before it then."""
 
 WIDE = CODES[torch.float32]
 """The kind of keys that have 31 bits; the other kinds are the codes of 16-bit dtypes, whose keys have 15."""
@@ -102,7 +102,7 @@ class _Work:
         device = models[0].device
         table = None
         if len(tensors) > 1 or results is not None:
-            words = [tensor for tensor, count in enumerate(blocks) for _ in range(count)]
+            words: list[int] = []
             before = 0
             for t, row in enumerate(tensors):
                 base = 0 if bases is None else bases[t].data_ptr()
@@ -110,9 +110,11 @@ class _Work:
                 words += [x.data_ptr() for x in row]
                 words += [*numbers[t], base, lengths[t], before, first, index]
                 before += blocks[t]
-            table = copied(words, device)
+            tensor_of = torch.arange(len(tensors)).repeat_interleave(torch.tensor(blocks))
+            table = copied(torch.cat((tensor_of, torch.tensor(words))), device)
         described = compiled.Work(
-            NOTHING if bases is None else ref(bases[0]),
+            # The address of one without elements would say that there is none.
+            NOTHING if bases is None else ref(max(bases, key=Tensor.numel)),
             bases is not None,
             [ref(x) for x in models],
             lengths[0],
