@@ -76,6 +76,25 @@ FM_DEVICE void stage(const Models& models, int threads, int64_t at_group, int64_
 // --- scores
 // -----------------------------------------------------------------------------------------------------------
 
+// a / b. A dividend of zero takes the slow way of the division, and all of its warp waits: where many deltas are zero,
+// and most shares, that would be everywhere. b is in the range unless somebody made it up.
+FM_INLINE float quotient(float a, float b) {
+    float size = bit_cast<float>(bit_cast<uint32_t>(b) & 0x7fffffffu);
+    bool zero = size >= 0x1p-100f && size <= 0x1p+100f && a == 0.0f;
+    float result = (zero ? 1.0f : a) / b;
+    return zero ? a * result : result;
+}
+
+// tanh_of, of zero without the division.
+FM_INLINE float tanh_or_zero(float x) {
+    float result = tanh_of(x == 0.0f ? 1.0f : x);
+    return x == 0.0f ? x : result;
+}
+
+FM_INLINE float scaled(float x, float low, float width) {
+    return width == 0.0f ? 0.0f : quotient(x - low, width == 0.0f ? 1.0f : width);
+}
+
 // How a row is clipped, and the square of what a delta of zero becomes.
 struct alignas(16) Edge {
     float low, high, width, square_of_zero;
@@ -85,17 +104,12 @@ FM_INLINE float clipped(float delta, const Edge& edge) {
     return between(bit_cast<float>(bit_cast<uint32_t>(delta) & 0x7fffffffu), edge.low, edge.high);
 }
 
-FM_INLINE float scaled(float magnitude, const Edge& edge) {
-    Norm norm = {edge.low, edge.width};
-    return normalised(magnitude, norm);
-}
-
 FM_DEVICE void make_edges(const PcbArgs& args, int threads, Edge* edges) {
     if (args.variant == kPcbPaper) return;
     for (int32_t i = thread(); i < args.models.count; i += threads) {
         Norm norm = norm_of(args.clip[2 * i], args.clip[2 * i + 1]);
         Edge edge = {norm.low, args.clip[2 * i + 1], norm.width, 0.0f};
-        float z = scaled(clipped(0.0f, edge), edge);
+        float z = scaled(clipped(0.0f, edge), edge.low, edge.width);
         edge.square_of_zero = z * z;
         edges[i] = edge;
     }
@@ -105,7 +119,7 @@ FM_INLINE float strength(float square, float models, float shift) { return exp_o
 
 // paper: what the two deltas of a pair have in common, as a number of [0, 1].
 FM_INLINE float pair_norm(float x, float y, Norm norm) {
-    return normalised(between(x * y, -kLargestProduct, kLargestProduct), norm);
+    return scaled(between(x * y, -kLargestProduct, kLargestProduct), norm.low, norm.width);
 }
 
 template <int V>
@@ -130,7 +144,7 @@ FM_DEVICE void released_scores(const PcbArgs& args, const Edge* edges, const Col
             Few<E> u;
             FM_UNROLL
             for (int e = 0; e < E; ++e) {
-                u.v[e] = direction(delta.v[e]) * scaled(clipped(delta.v[e], edge), edge);
+                u.v[e] = direction(delta.v[e]) * scaled(clipped(delta.v[e], edge), edge.low, edge.width);
                 together.v[e] = together.v[e] + u.v[e];
             }
             columns.at(1, i) = u;
@@ -150,13 +164,13 @@ FM_DEVICE void released_scores(const PcbArgs& args, const Edge* edges, const Col
         if (V == kPcbVisionEs) {
             inter = columns.at(2, i);
             FM_UNROLL
-            for (int e = 0; e < E; ++e) inter.v[e] = inter.v[e] + tanh_of(u.v[e] * u.v[e]);
+            for (int e = 0; e < E; ++e) inter.v[e] = inter.v[e] + tanh_or_zero(u.v[e] * u.v[e]);
             FM_ROLLED
             for (int32_t j = i + 1; j < n; ++j) {
                 Few<E> v = columns.at(1, j), other = columns.at(2, j);
                 FM_UNROLL
                 for (int e = 0; e < E; ++e) {
-                    float shared = tanh_of(u.v[e] * v.v[e]);
+                    float shared = tanh_or_zero(u.v[e] * v.v[e]);
                     inter.v[e] = inter.v[e] + shared;
                     other.v[e] = other.v[e] + shared;
                 }
@@ -164,13 +178,13 @@ FM_DEVICE void released_scores(const PcbArgs& args, const Edge* edges, const Col
             }
         } else {
             FM_UNROLL
-            for (int e = 0; e < E; ++e) inter.v[e] = tanh_of(delta.v[e] * together.v[e]);
+            for (int e = 0; e < E; ++e) inter.v[e] = tanh_or_zero(delta.v[e] * together.v[e]);
         }
         FM_UNROLL
         for (int e = 0; e < E; ++e) {
             float magnitude = clipped(delta.v[e], edge), square;
             if (V == kPcbScript) {
-                float z = scaled(magnitude, edge);
+                float z = scaled(magnitude, edge.low, edge.width);
                 square = z * z;
             } else {
                 // The square of +-z, which is that of z, without another division.
@@ -430,7 +444,7 @@ struct ApplyArgs {
 template <int V>
 FM_INLINE float share_of(float score, float start, float most) {
     if (V == kPcbPaper) return score >= start ? score : 0.0f;
-    return most > start ? (between(score, start, most) - start) / (most - start) : 0.0f;
+    return most > start ? quotient(between(score, start, most) - start, most - start) : 0.0f;
 }
 
 template <int V, int E>
@@ -480,9 +494,9 @@ pcb_apply_kernel(FM_LARGE PcbArgs args, FM_LARGE ApplyArgs apply, int threads) {
         for (int e = 0; e < E; ++e) {
             float divisor = sink.divisor.v[e];
             if (V == kPcbPaper) {
-                merged.v[e] = divisor == 0.0f ? 0.0f : sink.mixed.v[e] / divisor;
+                merged.v[e] = divisor == 0.0f ? 0.0f : quotient(sink.mixed.v[e], divisor == 0.0f ? 1.0f : divisor);
             } else {
-                merged.v[e] = sink.mixed.v[e] / (divisor < kSmallestDivisor ? kSmallestDivisor : divisor);
+                merged.v[e] = quotient(sink.mixed.v[e], divisor < kSmallestDivisor ? kSmallestDivisor : divisor);
             }
         }
         // Its own deltas of the first row are not needed any more: there the eights come together that are stored.
@@ -812,9 +826,9 @@ Shape shape_of(int32_t models, int columns, size_t more, bool may_be_one) {
     auto bytes = [&](int each, int threads) {
         return static_cast<size_t>(models) * static_cast<size_t>(4 * columns * each * threads) + more;
     };
-    if (!may_be_one || bytes(kFour, kMostThreads) <= limit / 4) {
+    if (!may_be_one || bytes(kFour, kMostThreads) <= limit / 3) {
         for (int threads = kMostThreads; threads > 32; threads /= 2) {
-            if (bytes(kFour, threads) <= limit / 4) return {kFour, threads, bytes(kFour, threads)};
+            if (bytes(kFour, threads) <= limit / 3) return {kFour, threads, bytes(kFour, threads)};
         }
         return {kFour, 32, bytes(kFour, 32)};
     }
@@ -824,11 +838,11 @@ Shape shape_of(int32_t models, int columns, size_t more, bool may_be_one) {
     return {1, 32, bytes(1, 32)};
 }
 
-// Blocks that have all tiles together: more than fit the processors at a time, few enough that what each of them tells
-// the others in the end does not count.
+// Blocks that have all tiles together: many times what fits the processors at a time, so that the last do not wait for
+// each other; few enough that what each of them tells the others in the end does not count.
 int64_t grid_of(int64_t numel, const Shape& shape) {
     int64_t tile = int64_t{shape.threads} * shape.each;
-    return smaller((numel + tile - 1) / tile, processors() * 16 * (kMostThreads / shape.threads));
+    return smaller((numel + tile - 1) / tile, processors() * 64 * (kMostThreads / shape.threads));
 }
 
 template <int V>
