@@ -788,6 +788,122 @@ FM_KERNEL(kThreads) pcb_pick_kernel(const int64_t* counts, int64_t* prefix, int6
     }
 }
 
+// The window of a row in which a rank must lie by its sample: six standard errors to either side, judged by how much
+// runs of neighbours differ. A block finds it alone, by three digits of the keys, from the top.
+constexpr int kWindowThreads = 512;
+constexpr int kDigitBits = 11;
+constexpr int kDigits = 1 << kDigitBits;
+constexpr int kKeysAtOnce = 4;  // times four, of a thread
+
+struct WindowShared {
+    uint32_t bins[2][kDigits];
+    uint32_t prefix[2], left[2];  // found of a key, and the place that is wanted among those that begin with it
+    uint32_t sum, squares;        // of how many of a run are not below
+};
+
+// Calls work(key) for all keys of a block; their number is a multiple of kRun.
+template <class Work>
+FM_DEVICE void over_sample(const int32_t* keys, int64_t size, const Work& work) {
+    for (int64_t start = 4 * thread(); start < size; start += int64_t{4} * kWindowThreads * kKeysAtOnce) {
+        Words4 read[kKeysAtOnce];
+        FM_UNROLL
+        for (int k = 0; k < kKeysAtOnce; ++k) {
+            int64_t at = start + int64_t{4} * kWindowThreads * k;
+            if (at < size) read[k] = load16(keys + at);
+        }
+        FM_UNROLL
+        for (int k = 0; k < kKeysAtOnce; ++k) {
+            if (start + int64_t{4} * kWindowThreads * k >= size) break;
+            FM_UNROLL
+            for (int t = 0; t < 4; ++t) work(read[k].word[t] ^ 0x80000000u);
+        }
+    }
+}
+
+// The keys at so many places, 1 or 2, counted from 0, the lowest. The places are in memory.left, the keys then in
+// prefix.
+FM_DEVICE void keys_at(const int32_t* keys, int64_t size, int places, WindowShared& memory) {
+    for (int level = 0; level < 3; ++level) {
+        int bits = level == 2 ? 32 - 2 * kDigitBits : kDigitBits;
+        int shift = level == 0 ? 32 - kDigitBits : level == 1 ? 32 - 2 * kDigitBits : 0;
+        for (int k = thread(); k < 2 * kDigits; k += kWindowThreads) memory.bins[k / kDigits][k % kDigits] = 0;
+        sync();
+        uint32_t first = memory.prefix[0], second = memory.prefix[1];
+        over_sample(keys, size, [&](uint32_t key) {
+            // In two shifts, for by 32 there is none.
+            uint32_t begins = level == 0 ? 0u : (key >> shift) >> bits;
+            uint32_t digit = (key >> shift) & ((1u << bits) - 1u);
+            if (level == 0 || begins == first) atomic_add(&memory.bins[0][digit], 1u);
+            if (places == 2 && (level == 0 || begins == second)) atomic_add(&memory.bins[1][digit], 1u);
+        });
+        sync();
+        int which = thread() / 32;
+        if (which < places) {
+            constexpr int kOwn = kDigits / 32;
+            const uint32_t* bins = memory.bins[which] + kOwn * lane();
+            uint32_t own = 0, left = memory.left[which];
+            // Each thread begins elsewhere, so that they do not all read of one bank.
+            for (int k = 0; k < kOwn; ++k) own += bins[(k + lane()) % kOwn];
+            uint32_t before = static_cast<uint32_t>(sum_of_lanes_upto(own)) - own;
+            if (before <= left && left < before + own) {
+                int k = 0;
+                for (; left >= before + bins[k]; ++k) before += bins[k];
+                uint32_t digit = static_cast<uint32_t>(kOwn * lane() + k);
+                memory.prefix[which] = level == 0 ? digit : (memory.prefix[which] << bits) | digit;
+                memory.left[which] = left - before;
+            }
+        }
+        sync();
+    }
+}
+
+// A block per row: two keys of it, as int32 that order as keys do. place: [n], that of the rank in the sample, counted
+// from the lowest. most: how far from it the two may be.
+FM_KERNEL(kWindowThreads)
+pcb_likely_window_kernel(const int32_t* sample, int64_t size, const int64_t* place, int64_t most, int32_t* window) {
+    WindowShared& memory = shared<WindowShared>();
+    const int32_t* keys = sample + block() * size;
+    int64_t centre = place[block()], runs = size / kRun;
+    if (thread() == 0) {
+        memory.left[0] = static_cast<uint32_t>(centre);
+        memory.prefix[0] = memory.prefix[1] = memory.sum = memory.squares = 0;
+    }
+    sync();
+    keys_at(keys, size, 1, memory);
+    int32_t key = static_cast<int32_t>(memory.prefix[0] ^ 0x80000000u);
+    for (int64_t run = thread() / 32; run < runs; run += kWindowThreads / 32) {
+        uint32_t not_below = 0;
+        FM_UNROLL
+        for (int part = 0; part < kRun; part += 32) {
+            not_below += static_cast<uint32_t>(count_bits(ballot(keys[run * kRun + part + lane()] >= key)));
+        }
+        if (lane() == 0) {
+            atomic_add(&memory.sum, not_below);
+            atomic_add(&memory.squares, not_below * not_below);
+        }
+    }
+    sync();
+    // The variance of a run's count times the number of runs is that of all of them together.
+    int64_t spread = runs * static_cast<int64_t>(memory.squares) -
+                     static_cast<int64_t>(memory.sum) * static_cast<int64_t>(memory.sum);
+    float error = runs > 1 ? sqrtf(static_cast<float>(spread) / static_cast<float>(runs - 1)) : 0.0f;
+    int64_t reach = runs > 1 ? smaller(static_cast<int64_t>(6.0f * error) + 8, most) : most;
+    int64_t low = centre - reach, high = centre + reach;
+    sync();
+    if (thread() == 0) {
+        memory.left[0] = static_cast<uint32_t>(low < 0 ? 0 : low);
+        memory.left[1] = static_cast<uint32_t>(high >= size ? size - 1 : high);
+        memory.prefix[0] = memory.prefix[1] = 0;
+    }
+    sync();
+    keys_at(keys, size, 2, memory);
+    if (thread() == 0) {
+        const int32_t least = -0x7fffffff - 1, greatest = 0x7fffffff;  // below and above every key
+        window[2 * block()] = low < 0 ? least : static_cast<int32_t>(memory.prefix[0] ^ 0x80000000u);
+        window[2 * block() + 1] = high >= size ? greatest : static_cast<int32_t>(memory.prefix[1] ^ 0x80000000u);
+    }
+}
+
 // A thread per row: the key of its rank-th highest score, or -1 and one more is missing.
 FM_KERNEL(kMostThreads)
 pcb_settle_kernel(int32_t rows, const int64_t* rank, const int32_t* window, const int64_t* collected, int64_t capacity,
@@ -917,6 +1033,12 @@ int pcb_collected_halves(Place place, int32_t rows, const uint32_t* keys, int64_
 
 int pcb_pick(Place place, int32_t rows, const int64_t* counts, int64_t* prefix, int64_t* rank) {
     return launch(pcb_pick_kernel, rows, kThreads, sizeof(PickShared), place.stream, counts, prefix, rank);
+}
+
+int pcb_likely_window(Place place, int32_t rows, const int32_t* sample, int64_t size, const int64_t* places,
+                      int64_t most, int32_t* window) {
+    return launch(pcb_likely_window_kernel, rows, kWindowThreads, sizeof(WindowShared), place.stream, sample, size,
+                  places, most, window);
 }
 
 int pcb_settle(Place place, int32_t rows, const int64_t* rank, const int32_t* window, const int64_t* collected,

@@ -191,14 +191,12 @@ def _likely_window(chunks: _Chunks, rule: PcbRule, ranks: list[int], sizes: list
         first += count
     if size == 0:
         return torch.tensor([_LEAST, _MOST], dtype=torch.int32).to(device).repeat(models, 1)
-    centre = copied([min((numel - rank) * size // numel, size - 1) for rank in ranks], device)[:, None]
+    places = copied([min((numel - rank) * size // numel, size - 1) for rank in ranks], device)
     most = int(0.8 * size * capacity / numel / 2)
-    ordered = keys.sort(dim=1).values
-    above = (keys.view(models, -1, _RUN) >= ordered.gather(1, centre)[:, :, None]).sum(dim=2).to(torch.float32)
-    reach = (6 * above.std(dim=1, keepdim=True) * math.sqrt(above.shape[1]) + 8).clamp(max=most).to(torch.int64)
-    ends = torch.cat([centre - reach, centre + reach], dim=1)
-    inside = ordered.gather(1, ends.clamp(0, size - 1))
-    return torch.where(ends < 0, _LEAST, torch.where(ends >= size, _MOST, inside)).to(torch.int32)
+    window = torch.empty(models, 2, dtype=torch.int32, device=device)
+    given = keys.data_ptr(), size, places.data_ptr(), most, window.data_ptr()
+    compiled.pcb_likely_window(place(device), models, *given)
+    return window
 
 
 def _among_collected(
