@@ -555,12 +555,16 @@ FM_KERNEL(kMostThreads) pcb_extremes_kernel(FM_LARGE Models models, int32_t* out
                     least = fminf(least, product);
                     most = fmaxf(most, product);
                 }
+                // Soon there is hardly ever anything nearer the edges. What is read of them may be old, but then it was
+                // nearer: nothing is missed.
+                bool wider = fminf(least, kLargestProduct) < from_ordered_bits(edge[0]) ||
+                             fmaxf(most, -kLargestProduct) > from_ordered_bits(edge[1]);
+                if (ballot(wider) == 0) continue;
                 bool none = least != least;
                 int32_t low = ordered_bits(between(least, -kLargestProduct, kLargestProduct) + 0.0f);
                 int32_t high = ordered_bits(between(most, -kLargestProduct, kLargestProduct) + 0.0f);
                 low = min_of_warp(none ? static_cast<int32_t>(kInfBits) : low);
                 high = max_of_warp(none ? -1 - static_cast<int32_t>(kInfBits) : high);
-                // What is read may be old, but then it was nearer: nothing is missed.
                 if (lane() == 0 && low < edge[0]) atomic_min(&edge[0], low);
                 if (lane() == 0 && high > edge[1]) atomic_max(&edge[1], high);
             }
@@ -609,6 +613,35 @@ FM_DEVICE TwoParts sum_of_range(int unit, uint32_t* key) {
     return parts;
 }
 
+// What the warp adds to its own sum, or to the limbs of all.
+FM_DEVICE void add_parts(const TwoParts& parts, int unit, TwoParts* own, int64_t* limbs) {
+    if (lane() != 0) return;
+    if (own != nullptr) {
+        TwoParts sum = *own;
+        sum.low += parts.low;
+        sum.high += parts.high;
+        *own = sum;
+    } else {
+        add_to_limbs(limbs, parts.low + (parts.high << kBinades), unit);
+    }
+}
+
+// The sum of the warp's values in units of 2^-23, if all of them are in [1, 4): a number of 32 bits.
+FM_DEVICE bool sum_of_ordinary(const Few<kFour>& values, int there, uint32_t* sum) {
+    bool ordinary = there == kFour;
+    uint32_t own = 0;
+    FM_UNROLL
+    for (int e = 0; e < kFour; ++e) {
+        uint32_t bits = bit_cast<uint32_t>(values.v[e]);
+        uint32_t above = (bits >> 23) - 127u;
+        ordinary = ordinary && above < 2u;
+        own += ((bits & 0x7fffffu) | 0x800000u) << (above & 1u);
+    }
+    if (!all_of_warp(ordinary)) return false;
+    *sum = sum_of_warp(own);
+    return true;
+}
+
 // Adds the warp's values, exactly; what is not finite is left out. own: the warp's own sum, or nullptr.
 FM_DEVICE void add_values(const Few<kFour>& values, int there, int unit, TwoParts* own, int64_t* limbs) {
     uint32_t key[kFour];
@@ -618,16 +651,7 @@ FM_DEVICE void add_values(const Few<kFour>& values, int there, int unit, TwoPart
         key[e] = e < there && key[e] < kInfBits ? key[e] : 0u;
     }
     TwoParts parts = sum_of_range(unit, key);
-    if (lane() == 0) {
-        if (own != nullptr) {
-            TwoParts sum = *own;
-            sum.low += parts.low;
-            sum.high += parts.high;
-            *own = sum;
-        } else {
-            add_to_limbs(limbs, parts.low + (parts.high << kBinades), unit);
-        }
-    }
+    add_parts(parts, unit, own, limbs);
     FM_ROLLED
     while (true) {
         uint32_t top = 0;
@@ -649,7 +673,7 @@ FM_KERNEL(kMostThreads) pcb_sums_kernel(FM_LARGE PcbArgs args, int64_t* limbs, i
     int sums = n + static_cast<int>(pcb_pairs(n));
     float models = static_cast<float>(n), shift = pcb_shift(n);
     // exp of a number of [0, 1], and of one from -shift on.
-    int pair_unit = magnitude_place(0x3f800000u) - 1;
+    int pair_unit = magnitude_place(0x3f800000u);
     int own_unit = magnitude_place(bit_cast<uint32_t>(exp_of(-shift))) - 1;
     float* memory = &shared<float>();
     TwoParts* parts = reinterpret_cast<TwoParts*>(memory + n * tile);
@@ -682,8 +706,15 @@ FM_KERNEL(kMostThreads) pcb_sums_kernel(FM_LARGE PcbArgs args, int64_t* limbs, i
                     for (int e = 0; e < kFour; ++e) {
                         values.v[e] = exp_of(twice == 0 ? spread.v[e] * models - shift : spread.v[e]);
                     }
-                    add_values(values, there, twice == 0 ? own_unit : pair_unit, in_shared ? own + sum : nullptr,
-                               limbs + static_cast<int64_t>(sum) * kLimbs);
+                    TwoParts added = {0, 0}, *own_sum = in_shared ? own + sum : nullptr;
+                    int64_t* limb = limbs + static_cast<int64_t>(sum) * kLimbs;
+                    uint32_t ordinary;
+                    if (twice == 1 && sum_of_ordinary(values, there, &ordinary)) {
+                        added.low = ordinary;
+                        add_parts(added, pair_unit, own_sum, limb);
+                    } else {
+                        add_values(values, there, twice == 0 ? own_unit : pair_unit, own_sum, limb);
+                    }
                 }
             }
         }

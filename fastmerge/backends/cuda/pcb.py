@@ -186,8 +186,8 @@ def _likely_window(chunks: _Chunks, rule: PcbRule, ranks: list[int], sizes: list
     first = 0
     for (base, tensors), count in zip(chunks, runs):
         if count:
-            given = keys.data_ptr(), size, count, first
-            compiled.pcb_sample(place(device), *_rows(base, tensors), _known(rule), *given)
+            target = keys.data_ptr(), size, count, first
+            compiled.pcb_sample(place(device), *_rows(base, tensors), _known(rule), *target)
         first += count
     if size == 0:
         return torch.tensor([_LEAST, _MOST], dtype=torch.int32).to(device).repeat(models, 1)
