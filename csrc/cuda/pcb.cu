@@ -36,8 +36,7 @@ FM_DEVICE Few<E> all(float value) {
     return made;
 }
 
-// --- tiles
-// ------------------------------------------------------------------------------------------------------------
+// --- tiles ---------------------------------------------------------------------------------------------------------
 
 // Where a thread's elements lie in shared memory, which has a row of `tile` numbers for each model, some times over.
 template <int E>
@@ -50,7 +49,8 @@ struct Columns {
     }
 };
 
-// The deltas of the 8 E threads that have a group of eight elements in common, each of them some models'.
+// Puts the deltas of a tile in shared memory. A thread does a group of eight elements, from at_group on, of some of the
+// models: 8 / E threads have the same group.
 template <int E>
 FM_DEVICE void stage(const Models& models, int threads, int64_t at_group, int64_t end, float* columns) {
     int groups = threads * E / kEach;
@@ -73,8 +73,7 @@ FM_DEVICE void stage(const Models& models, int threads, int64_t at_group, int64_
     }
 }
 
-// --- scores
-// -----------------------------------------------------------------------------------------------------------
+// --- scores --------------------------------------------------------------------------------------------------------
 
 // a / b. A dividend of zero takes the slow way of the division, and all of its warp waits: where many deltas are zero,
 // and most shares, that would be everywhere. b is in the range unless somebody made it up.
@@ -247,8 +246,7 @@ FM_DEVICE void scored(const PcbArgs& args, const Edge* edges, const Columns<E>& 
     }
 }
 
-// --- counting scores
-// --------------------------------------------------------------------------------------------------
+// --- counting scores -----------------------------------------------------------------------------------------------
 
 // Adds 1 to the counters of the threads that are inside. What several of a warp have in common is added at once, for
 // the values of two of them: where most scores are equal, threads would otherwise queue at one counter.
@@ -429,8 +427,7 @@ pcb_sweep_kernel(FM_LARGE PcbArgs args, FM_LARGE PcbSweepArgs sweep, int threads
     }
 }
 
-// --- the merge
-// --------------------------------------------------------------------------------------------------------
+// --- the merge -----------------------------------------------------------------------------------------------------
 
 struct ApplyArgs {
     const float* thresholds;  // [n, 2]
@@ -516,8 +513,7 @@ pcb_apply_kernel(FM_LARGE PcbArgs args, FM_LARGE ApplyArgs apply, int threads) {
     }
 }
 
-// --- extremes and sums of the paper's formula
-// -------------------------------------------------------------------------
+// --- extremes and sums of the paper's formula ----------------------------------------------------------------------
 
 constexpr int kFour = 4;  // elements of a thread in these
 
@@ -744,8 +740,7 @@ FM_KERNEL(kMostThreads) pcb_carry_kernel(int64_t* limbs, int64_t sums) {
     for (int i = 0; i < kLimbs; ++i) limbs[k * kLimbs + i] = static_cast<int64_t>(sum.limb[i]);
 }
 
-// --- the k-th highest key
-// ---------------------------------------------------------------------------------------------
+// --- the k-th highest key ------------------------------------------------------------------------------------------
 
 // So many blocks have a row's keys together.
 FM_KERNEL(kThreads)
@@ -958,8 +953,7 @@ pcb_settle_kernel(int32_t rows, const int64_t* rank, const int32_t* window, cons
     if (key < 0) atomic_add(missing, 1);
 }
 
-// --- launches
-// ---------------------------------------------------------------------------------------------------------
+// --- launches ------------------------------------------------------------------------------------------------------
 
 struct Shape {
     int each, threads;

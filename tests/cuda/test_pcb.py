@@ -75,9 +75,9 @@ def test_few_rows_and_more(variant: str, n: int, monkeypatch: pytest.MonkeyPatch
 
 @each_variant
 def test_as_many_rows_as_one_launch_takes(variant: str) -> None:
-    rows = models(pcb.MOST_MODELS, 45)[1]
-    edges = torch.tensor([[0.0, 1.0]]).repeat(pcb.MOST_MODELS, 1)
-    pairs = pcb.MOST_MODELS * (pcb.MOST_MODELS + 1) // 2
+    rows = models(launch.compiled.MOST_MODELS, 45)[1]
+    edges = torch.tensor([[0.0, 1.0]]).repeat(launch.compiled.MOST_MODELS, 1)
+    pairs = launch.compiled.MOST_MODELS * (launch.compiled.MOST_MODELS + 1) // 2
     rule = PcbRule(variant, clip=edges, thresholds=edges)
     if variant == "paper":
         extremes = pcb.pcb_extremes(None, rows)

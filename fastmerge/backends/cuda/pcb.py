@@ -24,8 +24,6 @@ __all__ = [
     "score_keys",
 ]
 
-MOST_MODELS = 128
-
 _VARIANTS = {"script": 0, "nlp": 0, "vision": 1, "vision_es": 2, "paper": 3}
 _INF_ORDERED, _MINUS_INF_ORDERED = 0x7F800000, -0x7F800001
 _HALVES = 1 << 16
@@ -51,9 +49,9 @@ def _pairs(models: int) -> int:
 
 def _rows(base: Tensor | None, tensors: Sequence[Tensor]) -> tuple[Ref, bool, list[Ref], int]:
     """A chunk of n rows as kernels take it."""
-    if len(tensors) > MOST_MODELS:
+    if len(tensors) > compiled.MOST_MODELS:
         raise BackendError(
-            f"the cuda backend takes at most {MOST_MODELS} rows in PCB-Merging, not {len(tensors)}; "
+            f"the cuda backend takes at most {compiled.MOST_MODELS} rows in PCB-Merging, not {len(tensors)}; "
             'use backend="triton".'
         )
     return inputs(base, list(tensors), torch.float32)[:4]
