@@ -214,7 +214,7 @@ FM_DEVICE void load_members(const Part& part, int32_t first, int32_t n, bool has
     }
 }
 
-// --- the usual merge -------------------------------------------------------------------------------------------------
+// --- the usual merge
 //
 // Up to four models of 16 bits, elected by their weighted deltas and divided by the weights, all positive, or the
 // number of those that take part; float32 throughout.
@@ -273,7 +273,7 @@ merge_kernel(FM_LARGE Merge merge) {
     }
 }
 
-// --- without an election ---------------------------------------------------------------------------------------------
+// --- without an election
 
 // kGeneral: of any type, and rounded to any compute dtype.
 template <bool kGeneral>
@@ -320,7 +320,7 @@ sum_kernel(FM_LARGE Merge merge) {
     }
 }
 
-// --- sums of both signs: any number of models, any election, any compute dtype ---------------------------------------
+// --- sums of both signs: any number of models, any election, any compute dtype
 
 // kGeneral: as for sums.
 template <bool kGeneral>
@@ -389,7 +389,7 @@ merge_signs_kernel(FM_LARGE Merge merge) {
     }
 }
 
-// --- which kernel ----------------------------------------------------------------------------------------------------
+// --- which kernel
 
 int launch_parts(const Merge& merge, int64_t grid, void* stream) {
     int32_t n = merge.models.count;

@@ -16,7 +16,7 @@ namespace {
 
 constexpr size_t kStack = 128 << 10;
 
-// --- fibers: a stack each, and the registers that a called function must keep ---------------------------------------
+// --- fibers: a stack each, and the registers that a called function must keep
 
 #if defined(__x86_64__)
 extern "C" void fastmerge_switch(void** from, void* to);

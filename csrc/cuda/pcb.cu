@@ -49,7 +49,8 @@ struct Columns {
     }
 };
 
-// The deltas of the 8 E threads that have a group of eight elements in common, each of them some models'.
+// Puts the deltas of a tile in shared memory. A thread does a group of eight elements, from at_group on, of some of the
+// models: 8 / E threads have the same group.
 template <int E>
 FM_DEVICE void stage(const Models& models, int threads, int64_t at_group, int64_t end, float* columns) {
     int groups = threads * E / kEach;
@@ -74,6 +75,25 @@ FM_DEVICE void stage(const Models& models, int threads, int64_t at_group, int64_
 
 // --- scores
 
+// a / b. A dividend of zero takes the slow way of the division, and all of its warp waits: where many deltas are zero,
+// and most shares, that would be everywhere. b is in the range unless somebody made it up.
+FM_INLINE float quotient(float a, float b) {
+    float size = bit_cast<float>(bit_cast<uint32_t>(b) & 0x7fffffffu);
+    bool zero = size >= 0x1p-100f && size <= 0x1p+100f && a == 0.0f;
+    float result = (zero ? 1.0f : a) / b;
+    return zero ? a * result : result;
+}
+
+// tanh_of, of zero without the division.
+FM_INLINE float tanh_or_zero(float x) {
+    float result = tanh_of(x == 0.0f ? 1.0f : x);
+    return x == 0.0f ? x : result;
+}
+
+FM_INLINE float scaled(float x, float low, float width) {
+    return width == 0.0f ? 0.0f : quotient(x - low, width == 0.0f ? 1.0f : width);
+}
+
 // How a row is clipped, and the square of what a delta of zero becomes.
 struct alignas(16) Edge {
     float low, high, width, square_of_zero;
@@ -83,17 +103,12 @@ FM_INLINE float clipped(float delta, const Edge& edge) {
     return between(bit_cast<float>(bit_cast<uint32_t>(delta) & 0x7fffffffu), edge.low, edge.high);
 }
 
-FM_INLINE float scaled(float magnitude, const Edge& edge) {
-    Norm norm = {edge.low, edge.width};
-    return normalised(magnitude, norm);
-}
-
 FM_DEVICE void make_edges(const PcbArgs& args, int threads, Edge* edges) {
     if (args.variant == kPcbPaper) return;
     for (int32_t i = thread(); i < args.models.count; i += threads) {
         Norm norm = norm_of(args.clip[2 * i], args.clip[2 * i + 1]);
         Edge edge = {norm.low, args.clip[2 * i + 1], norm.width, 0.0f};
-        float z = scaled(clipped(0.0f, edge), edge);
+        float z = scaled(clipped(0.0f, edge), edge.low, edge.width);
         edge.square_of_zero = z * z;
         edges[i] = edge;
     }
@@ -103,7 +118,7 @@ FM_INLINE float strength(float square, float models, float shift) { return exp_o
 
 // paper: what the two deltas of a pair have in common, as a number of [0, 1].
 FM_INLINE float pair_norm(float x, float y, Norm norm) {
-    return normalised(between(x * y, -kLargestProduct, kLargestProduct), norm);
+    return scaled(between(x * y, -kLargestProduct, kLargestProduct), norm.low, norm.width);
 }
 
 template <int V>
@@ -128,7 +143,7 @@ FM_DEVICE void released_scores(const PcbArgs& args, const Edge* edges, const Col
             Few<E> u;
             FM_UNROLL
             for (int e = 0; e < E; ++e) {
-                u.v[e] = direction(delta.v[e]) * scaled(clipped(delta.v[e], edge), edge);
+                u.v[e] = direction(delta.v[e]) * scaled(clipped(delta.v[e], edge), edge.low, edge.width);
                 together.v[e] = together.v[e] + u.v[e];
             }
             columns.at(1, i) = u;
@@ -148,13 +163,13 @@ FM_DEVICE void released_scores(const PcbArgs& args, const Edge* edges, const Col
         if (V == kPcbVisionEs) {
             inter = columns.at(2, i);
             FM_UNROLL
-            for (int e = 0; e < E; ++e) inter.v[e] = inter.v[e] + tanh_of(u.v[e] * u.v[e]);
+            for (int e = 0; e < E; ++e) inter.v[e] = inter.v[e] + tanh_or_zero(u.v[e] * u.v[e]);
             FM_ROLLED
             for (int32_t j = i + 1; j < n; ++j) {
                 Few<E> v = columns.at(1, j), other = columns.at(2, j);
                 FM_UNROLL
                 for (int e = 0; e < E; ++e) {
-                    float shared = tanh_of(u.v[e] * v.v[e]);
+                    float shared = tanh_or_zero(u.v[e] * v.v[e]);
                     inter.v[e] = inter.v[e] + shared;
                     other.v[e] = other.v[e] + shared;
                 }
@@ -162,13 +177,13 @@ FM_DEVICE void released_scores(const PcbArgs& args, const Edge* edges, const Col
             }
         } else {
             FM_UNROLL
-            for (int e = 0; e < E; ++e) inter.v[e] = tanh_of(delta.v[e] * together.v[e]);
+            for (int e = 0; e < E; ++e) inter.v[e] = tanh_or_zero(delta.v[e] * together.v[e]);
         }
         FM_UNROLL
         for (int e = 0; e < E; ++e) {
             float magnitude = clipped(delta.v[e], edge), square;
             if (V == kPcbScript) {
-                float z = scaled(magnitude, edge);
+                float z = scaled(magnitude, edge.low, edge.width);
                 square = z * z;
             } else {
                 // The square of +-z, which is that of z, without another division.
@@ -426,7 +441,7 @@ struct ApplyArgs {
 template <int V>
 FM_INLINE float share_of(float score, float start, float most) {
     if (V == kPcbPaper) return score >= start ? score : 0.0f;
-    return most > start ? (between(score, start, most) - start) / (most - start) : 0.0f;
+    return most > start ? quotient(between(score, start, most) - start, most - start) : 0.0f;
 }
 
 template <int V, int E>
@@ -476,9 +491,9 @@ pcb_apply_kernel(FM_LARGE PcbArgs args, FM_LARGE ApplyArgs apply, int threads) {
         for (int e = 0; e < E; ++e) {
             float divisor = sink.divisor.v[e];
             if (V == kPcbPaper) {
-                merged.v[e] = divisor == 0.0f ? 0.0f : sink.mixed.v[e] / divisor;
+                merged.v[e] = divisor == 0.0f ? 0.0f : quotient(sink.mixed.v[e], divisor == 0.0f ? 1.0f : divisor);
             } else {
-                merged.v[e] = sink.mixed.v[e] / (divisor < kSmallestDivisor ? kSmallestDivisor : divisor);
+                merged.v[e] = quotient(sink.mixed.v[e], divisor < kSmallestDivisor ? kSmallestDivisor : divisor);
             }
         }
         // Its own deltas of the first row are not needed any more: there the eights come together that are stored.
@@ -536,12 +551,16 @@ FM_KERNEL(kMostThreads) pcb_extremes_kernel(FM_LARGE Models models, int32_t* out
                     least = fminf(least, product);
                     most = fmaxf(most, product);
                 }
+                // Soon there is hardly ever anything nearer the edges. What is read of them may be old, but then it was
+                // nearer: nothing is missed.
+                bool wider = fminf(least, kLargestProduct) < from_ordered_bits(edge[0]) ||
+                             fmaxf(most, -kLargestProduct) > from_ordered_bits(edge[1]);
+                if (ballot(wider) == 0) continue;
                 bool none = least != least;
                 int32_t low = ordered_bits(between(least, -kLargestProduct, kLargestProduct) + 0.0f);
                 int32_t high = ordered_bits(between(most, -kLargestProduct, kLargestProduct) + 0.0f);
                 low = min_of_warp(none ? static_cast<int32_t>(kInfBits) : low);
                 high = max_of_warp(none ? -1 - static_cast<int32_t>(kInfBits) : high);
-                // What is read may be old, but then it was nearer: nothing is missed.
                 if (lane() == 0 && low < edge[0]) atomic_min(&edge[0], low);
                 if (lane() == 0 && high > edge[1]) atomic_max(&edge[1], high);
             }
@@ -590,6 +609,35 @@ FM_DEVICE TwoParts sum_of_range(int unit, uint32_t* key) {
     return parts;
 }
 
+// What the warp adds to its own sum, or to the limbs of all.
+FM_DEVICE void add_parts(const TwoParts& parts, int unit, TwoParts* own, int64_t* limbs) {
+    if (lane() != 0) return;
+    if (own != nullptr) {
+        TwoParts sum = *own;
+        sum.low += parts.low;
+        sum.high += parts.high;
+        *own = sum;
+    } else {
+        add_to_limbs(limbs, parts.low + (parts.high << kBinades), unit);
+    }
+}
+
+// The sum of the warp's values in units of 2^-23, if all of them are in [1, 4): a number of 32 bits.
+FM_DEVICE bool sum_of_ordinary(const Few<kFour>& values, int there, uint32_t* sum) {
+    bool ordinary = there == kFour;
+    uint32_t own = 0;
+    FM_UNROLL
+    for (int e = 0; e < kFour; ++e) {
+        uint32_t bits = bit_cast<uint32_t>(values.v[e]);
+        uint32_t above = (bits >> 23) - 127u;
+        ordinary = ordinary && above < 2u;
+        own += ((bits & 0x7fffffu) | 0x800000u) << (above & 1u);
+    }
+    if (!all_of_warp(ordinary)) return false;
+    *sum = sum_of_warp(own);
+    return true;
+}
+
 // Adds the warp's values, exactly; what is not finite is left out. own: the warp's own sum, or nullptr.
 FM_DEVICE void add_values(const Few<kFour>& values, int there, int unit, TwoParts* own, int64_t* limbs) {
     uint32_t key[kFour];
@@ -599,16 +647,7 @@ FM_DEVICE void add_values(const Few<kFour>& values, int there, int unit, TwoPart
         key[e] = e < there && key[e] < kInfBits ? key[e] : 0u;
     }
     TwoParts parts = sum_of_range(unit, key);
-    if (lane() == 0) {
-        if (own != nullptr) {
-            TwoParts sum = *own;
-            sum.low += parts.low;
-            sum.high += parts.high;
-            *own = sum;
-        } else {
-            add_to_limbs(limbs, parts.low + (parts.high << kBinades), unit);
-        }
-    }
+    add_parts(parts, unit, own, limbs);
     FM_ROLLED
     while (true) {
         uint32_t top = 0;
@@ -630,7 +669,7 @@ FM_KERNEL(kMostThreads) pcb_sums_kernel(FM_LARGE PcbArgs args, int64_t* limbs, i
     int sums = n + static_cast<int>(pcb_pairs(n));
     float models = static_cast<float>(n), shift = pcb_shift(n);
     // exp of a number of [0, 1], and of one from -shift on.
-    int pair_unit = magnitude_place(0x3f800000u) - 1;
+    int pair_unit = magnitude_place(0x3f800000u);
     int own_unit = magnitude_place(bit_cast<uint32_t>(exp_of(-shift))) - 1;
     float* memory = &shared<float>();
     TwoParts* parts = reinterpret_cast<TwoParts*>(memory + n * tile);
@@ -663,8 +702,15 @@ FM_KERNEL(kMostThreads) pcb_sums_kernel(FM_LARGE PcbArgs args, int64_t* limbs, i
                     for (int e = 0; e < kFour; ++e) {
                         values.v[e] = exp_of(twice == 0 ? spread.v[e] * models - shift : spread.v[e]);
                     }
-                    add_values(values, there, twice == 0 ? own_unit : pair_unit, in_shared ? own + sum : nullptr,
-                               limbs + static_cast<int64_t>(sum) * kLimbs);
+                    TwoParts added = {0, 0}, *own_sum = in_shared ? own + sum : nullptr;
+                    int64_t* limb = limbs + static_cast<int64_t>(sum) * kLimbs;
+                    uint32_t ordinary;
+                    if (twice == 1 && sum_of_ordinary(values, there, &ordinary)) {
+                        added.low = ordinary;
+                        add_parts(added, pair_unit, own_sum, limb);
+                    } else {
+                        add_values(values, there, twice == 0 ? own_unit : pair_unit, own_sum, limb);
+                    }
                 }
             }
         }
@@ -768,6 +814,122 @@ FM_KERNEL(kThreads) pcb_pick_kernel(const int64_t* counts, int64_t* prefix, int6
     }
 }
 
+// The window of a row in which a rank must lie by its sample: six standard errors to either side, judged by how much
+// runs of neighbours differ. A block finds it alone, by three digits of the keys, from the top.
+constexpr int kWindowThreads = 512;
+constexpr int kDigitBits = 11;
+constexpr int kDigits = 1 << kDigitBits;
+constexpr int kKeysAtOnce = 4;  // times four, of a thread
+
+struct WindowShared {
+    uint32_t bins[2][kDigits];
+    uint32_t prefix[2], left[2];  // found of a key, and the place that is wanted among those that begin with it
+    uint32_t sum, squares;        // of how many of a run are not below
+};
+
+// Calls work(key) for all keys of a block; their number is a multiple of kRun.
+template <class Work>
+FM_DEVICE void over_sample(const int32_t* keys, int64_t size, const Work& work) {
+    for (int64_t start = 4 * thread(); start < size; start += int64_t{4} * kWindowThreads * kKeysAtOnce) {
+        Words4 read[kKeysAtOnce];
+        FM_UNROLL
+        for (int k = 0; k < kKeysAtOnce; ++k) {
+            int64_t at = start + int64_t{4} * kWindowThreads * k;
+            if (at < size) read[k] = load16(keys + at);
+        }
+        FM_UNROLL
+        for (int k = 0; k < kKeysAtOnce; ++k) {
+            if (start + int64_t{4} * kWindowThreads * k >= size) break;
+            FM_UNROLL
+            for (int t = 0; t < 4; ++t) work(read[k].word[t] ^ 0x80000000u);
+        }
+    }
+}
+
+// The keys at so many places, 1 or 2, counted from 0, the lowest. The places are in memory.left, the keys then in
+// prefix.
+FM_DEVICE void keys_at(const int32_t* keys, int64_t size, int places, WindowShared& memory) {
+    for (int level = 0; level < 3; ++level) {
+        int bits = level == 2 ? 32 - 2 * kDigitBits : kDigitBits;
+        int shift = level == 0 ? 32 - kDigitBits : level == 1 ? 32 - 2 * kDigitBits : 0;
+        for (int k = thread(); k < 2 * kDigits; k += kWindowThreads) memory.bins[k / kDigits][k % kDigits] = 0;
+        sync();
+        uint32_t first = memory.prefix[0], second = memory.prefix[1];
+        over_sample(keys, size, [&](uint32_t key) {
+            // In two shifts, for by 32 there is none.
+            uint32_t begins = level == 0 ? 0u : (key >> shift) >> bits;
+            uint32_t digit = (key >> shift) & ((1u << bits) - 1u);
+            if (level == 0 || begins == first) atomic_add(&memory.bins[0][digit], 1u);
+            if (places == 2 && (level == 0 || begins == second)) atomic_add(&memory.bins[1][digit], 1u);
+        });
+        sync();
+        int which = thread() / 32;
+        if (which < places) {
+            constexpr int kOwn = kDigits / 32;
+            const uint32_t* bins = memory.bins[which] + kOwn * lane();
+            uint32_t own = 0, left = memory.left[which];
+            // Each thread begins elsewhere, so that they do not all read of one bank.
+            for (int k = 0; k < kOwn; ++k) own += bins[(k + lane()) % kOwn];
+            uint32_t before = static_cast<uint32_t>(sum_of_lanes_upto(own)) - own;
+            if (before <= left && left < before + own) {
+                int k = 0;
+                for (; left >= before + bins[k]; ++k) before += bins[k];
+                uint32_t digit = static_cast<uint32_t>(kOwn * lane() + k);
+                memory.prefix[which] = level == 0 ? digit : (memory.prefix[which] << bits) | digit;
+                memory.left[which] = left - before;
+            }
+        }
+        sync();
+    }
+}
+
+// A block per row: two keys of it, as int32 that order as keys do. place: [n], that of the rank in the sample, counted
+// from the lowest. most: how far from it the two may be.
+FM_KERNEL(kWindowThreads)
+pcb_likely_window_kernel(const int32_t* sample, int64_t size, const int64_t* place, int64_t most, int32_t* window) {
+    WindowShared& memory = shared<WindowShared>();
+    const int32_t* keys = sample + block() * size;
+    int64_t centre = place[block()], runs = size / kRun;
+    if (thread() == 0) {
+        memory.left[0] = static_cast<uint32_t>(centre);
+        memory.prefix[0] = memory.prefix[1] = memory.sum = memory.squares = 0;
+    }
+    sync();
+    keys_at(keys, size, 1, memory);
+    int32_t key = static_cast<int32_t>(memory.prefix[0] ^ 0x80000000u);
+    for (int64_t run = thread() / 32; run < runs; run += kWindowThreads / 32) {
+        uint32_t not_below = 0;
+        FM_UNROLL
+        for (int part = 0; part < kRun; part += 32) {
+            not_below += static_cast<uint32_t>(count_bits(ballot(keys[run * kRun + part + lane()] >= key)));
+        }
+        if (lane() == 0) {
+            atomic_add(&memory.sum, not_below);
+            atomic_add(&memory.squares, not_below * not_below);
+        }
+    }
+    sync();
+    // The variance of a run's count times the number of runs is that of all of them together.
+    int64_t spread = runs * static_cast<int64_t>(memory.squares) -
+                     static_cast<int64_t>(memory.sum) * static_cast<int64_t>(memory.sum);
+    float error = runs > 1 ? sqrtf(static_cast<float>(spread) / static_cast<float>(runs - 1)) : 0.0f;
+    int64_t reach = runs > 1 ? smaller(static_cast<int64_t>(6.0f * error) + 8, most) : most;
+    int64_t low = centre - reach, high = centre + reach;
+    sync();
+    if (thread() == 0) {
+        memory.left[0] = static_cast<uint32_t>(low < 0 ? 0 : low);
+        memory.left[1] = static_cast<uint32_t>(high >= size ? size - 1 : high);
+        memory.prefix[0] = memory.prefix[1] = 0;
+    }
+    sync();
+    keys_at(keys, size, 2, memory);
+    if (thread() == 0) {
+        const int32_t least = -0x7fffffff - 1, greatest = 0x7fffffff;  // below and above every key
+        window[2 * block()] = low < 0 ? least : static_cast<int32_t>(memory.prefix[0] ^ 0x80000000u);
+        window[2 * block() + 1] = high >= size ? greatest : static_cast<int32_t>(memory.prefix[1] ^ 0x80000000u);
+    }
+}
+
 // A thread per row: the key of its rank-th highest score, or -1 and one more is missing.
 FM_KERNEL(kMostThreads)
 pcb_settle_kernel(int32_t rows, const int64_t* rank, const int32_t* window, const int64_t* collected, int64_t capacity,
@@ -805,9 +967,9 @@ Shape shape_of(int32_t models, int columns, size_t more, bool may_be_one) {
     auto bytes = [&](int each, int threads) {
         return static_cast<size_t>(models) * static_cast<size_t>(4 * columns * each * threads) + more;
     };
-    if (!may_be_one || bytes(kFour, kMostThreads) <= limit / 4) {
+    if (!may_be_one || bytes(kFour, kMostThreads) <= limit / 3) {
         for (int threads = kMostThreads; threads > 32; threads /= 2) {
-            if (bytes(kFour, threads) <= limit / 4) return {kFour, threads, bytes(kFour, threads)};
+            if (bytes(kFour, threads) <= limit / 3) return {kFour, threads, bytes(kFour, threads)};
         }
         return {kFour, 32, bytes(kFour, 32)};
     }
@@ -817,11 +979,11 @@ Shape shape_of(int32_t models, int columns, size_t more, bool may_be_one) {
     return {1, 32, bytes(1, 32)};
 }
 
-// Blocks that have all tiles together: more than fit the processors at a time, few enough that what each of them tells
-// the others in the end does not count.
+// Blocks that have all tiles together: many times what fits the processors at a time, so that the last do not wait for
+// each other; few enough that what each of them tells the others in the end does not count.
 int64_t grid_of(int64_t numel, const Shape& shape) {
     int64_t tile = int64_t{shape.threads} * shape.each;
-    return smaller((numel + tile - 1) / tile, processors() * 16 * (kMostThreads / shape.threads));
+    return smaller((numel + tile - 1) / tile, processors() * 64 * (kMostThreads / shape.threads));
 }
 
 template <int V>
@@ -896,6 +1058,12 @@ int pcb_collected_halves(Place place, int32_t rows, const uint32_t* keys, int64_
 
 int pcb_pick(Place place, int32_t rows, const int64_t* counts, int64_t* prefix, int64_t* rank) {
     return launch(pcb_pick_kernel, rows, kThreads, sizeof(PickShared), place.stream, counts, prefix, rank);
+}
+
+int pcb_likely_window(Place place, int32_t rows, const int32_t* sample, int64_t size, const int64_t* places,
+                      int64_t most, int32_t* window) {
+    return launch(pcb_likely_window_kernel, rows, kWindowThreads, sizeof(WindowShared), place.stream, sample, size,
+                  places, most, window);
 }
 
 int pcb_settle(Place place, int32_t rows, const int64_t* rank, const int32_t* window, const int64_t* collected,

@@ -44,7 +44,7 @@ FM_KERNEL(kThreads) zero_nonfinite_kernel(void* data, int32_t dtype, int64_t num
     }
 }
 
-// --- one model in each block: exact sums, masks ----------------------------------------------------------------------
+// --- one model in each block: exact sums, masks
 
 // Neighbouring blocks take the same part of all models, so that the base is read once.
 struct Each {
@@ -193,7 +193,7 @@ FM_KERNEL(kThreads) carry_kernel(int64_t* limbs, int32_t sums) {
 }
 static_assert(2 * kMostModels <= kThreads, "a thread for each sum");
 
-// --- DELLA: ranks within rows ----------------------------------------------------------------------------------------
+// --- DELLA: ranks within rows
 
 FM_DEVICE void row_delta(const Rows& rows, int64_t at, int64_t end, float* delta) {
     delta_at(rows.base, rows.base.data != nullptr, rows.x, rows.compute, at, end, delta);

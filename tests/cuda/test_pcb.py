@@ -75,9 +75,9 @@ def test_few_rows_and_more(variant: str, n: int, monkeypatch: pytest.MonkeyPatch
 
 @each_variant
 def test_as_many_rows_as_one_launch_takes(variant: str) -> None:
-    rows = models(pcb.MOST_MODELS, 45)[1]
-    edges = torch.tensor([[0.0, 1.0]]).repeat(pcb.MOST_MODELS, 1)
-    pairs = pcb.MOST_MODELS * (pcb.MOST_MODELS + 1) // 2
+    rows = models(launch.compiled.MOST_MODELS, 45)[1]
+    edges = torch.tensor([[0.0, 1.0]]).repeat(launch.compiled.MOST_MODELS, 1)
+    pairs = launch.compiled.MOST_MODELS * (launch.compiled.MOST_MODELS + 1) // 2
     rule = PcbRule(variant, clip=edges, thresholds=edges)
     if variant == "paper":
         extremes = pcb.pcb_extremes(None, rows)
@@ -224,3 +224,28 @@ def test_a_row_too_short_to_be_sampled_has_no_window() -> None:
     rule = ops.pcb_rule(rows, backend="reference")
     window = pcb._likely_window([(None, rows)], rule, [5, 6], [50], 3)
     assert window.tolist() == [[-(1 << 31), (1 << 31) - 1]] * 2
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.parametrize("most", [3, 1 << 40])
+def test_the_window_that_a_sample_gives(order: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six standard errors of runs to either side, among keys of all sizes, few, or one."""
+    monkeypatch.setenv("FASTMERGE_EMULATED_ORDER", order)
+    size = 64 * 150
+    generator = torch.Generator().manual_seed(3)
+    anything = torch.randint(-(1 << 31), 1 << 31, (size,), generator=generator)
+    rows = [anything, anything >> 20, anything >> 31, torch.full((size,), -7), anything.sort().values]
+    sample = torch.stack(rows).to(torch.int32)
+    for places in ([size // 10] * 5, [0] * 5, [size - 1] * 5, [1, 4000, 5000, 6000, 9000]):
+        window = torch.empty(5, 2, dtype=torch.int32)
+        there = torch.tensor(places)
+        given = sample.data_ptr(), size, there.data_ptr(), most, window.data_ptr()
+        launch.compiled.pcb_likely_window(launch.place(sample.device), 5, *given)
+        for row, place, found in zip(sample, places, window.tolist()):
+            ordered = row.sort().values.tolist()
+            above = (row.view(-1, 64) >= ordered[place]).sum(dim=1)
+            spread = int(150 * (above * above).sum() - above.sum() ** 2)
+            reach = min(int(6 * math.sqrt(spread / 149)) + 8, most)
+            low = ordered[place - reach] if place >= reach else -(1 << 31)
+            high = ordered[place + reach] if place + reach < size else (1 << 31) - 1
+            assert found == [low, high]

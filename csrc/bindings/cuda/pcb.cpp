@@ -106,6 +106,11 @@ void bind_pcb(py::module_& m) {
         done(cuda::pcb_pick(place(where), rows, address<int64_t>(counts), address<int64_t>(prefix),
                             address<int64_t>(rank)));
     });
+    m.def("pcb_likely_window", [](const PlaceRef& where, int rows, uintptr_t sample, int64_t size, uintptr_t places,
+                                  int64_t most, uintptr_t window) {
+        done(cuda::pcb_likely_window(place(where), rows, address<int32_t>(sample), size, address<int64_t>(places), most,
+                                     address<int32_t>(window)));
+    });
     m.def("pcb_settle", [](const PlaceRef& where, int rows, uintptr_t rank, uintptr_t window, uintptr_t collected,
                            int64_t capacity, uintptr_t prefix, uintptr_t found, uintptr_t missing) {
         done(cuda::pcb_settle(place(where), rows, address<int64_t>(rank), address<int32_t>(window),

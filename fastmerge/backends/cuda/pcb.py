@@ -24,8 +24,6 @@ __all__ = [
     "score_keys",
 ]
 
-MOST_MODELS = 128
-
 _VARIANTS = {"script": 0, "nlp": 0, "vision": 1, "vision_es": 2, "paper": 3}
 _INF_ORDERED, _MINUS_INF_ORDERED = 0x7F800000, -0x7F800001
 _HALVES = 1 << 16
@@ -51,9 +49,9 @@ def _pairs(models: int) -> int:
 
 def _rows(base: Tensor | None, tensors: Sequence[Tensor]) -> tuple[Ref, bool, list[Ref], int]:
     """A chunk of n rows as kernels take it."""
-    if len(tensors) > MOST_MODELS:
+    if len(tensors) > compiled.MOST_MODELS:
         raise BackendError(
-            f"the cuda backend takes at most {MOST_MODELS} rows in PCB-Merging, not {len(tensors)}; "
+            f"the cuda backend takes at most {compiled.MOST_MODELS} rows in PCB-Merging, not {len(tensors)}; "
             'use backend="triton".'
         )
     return inputs(base, list(tensors), torch.float32)[:4]
@@ -186,19 +184,17 @@ def _likely_window(chunks: _Chunks, rule: PcbRule, ranks: list[int], sizes: list
     first = 0
     for (base, tensors), count in zip(chunks, runs):
         if count:
-            given = keys.data_ptr(), size, count, first
-            compiled.pcb_sample(place(device), *_rows(base, tensors), _known(rule), *given)
+            target = keys.data_ptr(), size, count, first
+            compiled.pcb_sample(place(device), *_rows(base, tensors), _known(rule), *target)
         first += count
     if size == 0:
         return torch.tensor([_LEAST, _MOST], dtype=torch.int32).to(device).repeat(models, 1)
-    centre = copied([min((numel - rank) * size // numel, size - 1) for rank in ranks], device)[:, None]
+    places = copied([min((numel - rank) * size // numel, size - 1) for rank in ranks], device)
     most = int(0.8 * size * capacity / numel / 2)
-    ordered = keys.sort(dim=1).values
-    above = (keys.view(models, -1, _RUN) >= ordered.gather(1, centre)[:, :, None]).sum(dim=2).to(torch.float32)
-    reach = (6 * above.std(dim=1, keepdim=True) * math.sqrt(above.shape[1]) + 8).clamp(max=most).to(torch.int64)
-    ends = torch.cat([centre - reach, centre + reach], dim=1)
-    inside = ordered.gather(1, ends.clamp(0, size - 1))
-    return torch.where(ends < 0, _LEAST, torch.where(ends >= size, _MOST, inside)).to(torch.int32)
+    window = torch.empty(models, 2, dtype=torch.int32, device=device)
+    given = keys.data_ptr(), size, places.data_ptr(), most, window.data_ptr()
+    compiled.pcb_likely_window(place(device), models, *given)
+    return window
 
 
 def _among_collected(
