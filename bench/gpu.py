@@ -303,7 +303,7 @@ def masks(bench: Bench) -> Iterator[Row]:
         x = values(kind, BF16, bench.size(28), device=bench.device)
         host = x.cpu()
         expected = on_host(lambda by, host=host: ops.topk_mask(host, DENSITY, backend=by))
-        passes = 1 + measuring.KTH.get(bench.backend, 1)
+        passes = 1 + measuring.BOUNDS.get(bench.backend, 1)
         yield bench.row(
             "topk_mask",
             kind,

@@ -175,13 +175,16 @@ class Case:
         return elements * (self.passes(backend) * self.reads * 2 + self.writes)
 
 
-# A GPU finds order statistics digit by digit, of 8 bits at most: bfloat16 has 15 bits that count, a delta of two such
-# numbers, in float32, has 31. The compiled kernels for CPUs bracket the rank by a sample, and read once.
-KTH = {"cpu": 1, "triton": 2}
+# A GPU finds order statistics digit by digit: bfloat16 has 15 bits that count, a delta of two such numbers, in float32,
+# has 31. Triton's kernels count digits of 8 bits at most, those in CUDA 15 bits at once, or digits of 11, 10 and 10. The
+# compiled kernels for CPUs bracket the rank by a sample, and read once.
+KTH = {"cpu": 1, "cuda": 1, "triton": 2}
 """Passes that find an order statistic of bfloat16 magnitudes."""
-OF_DELTAS = {"cpu": 1, "triton": 4}
-"""Passes that find those of deltas."""
-PCB = {"cpu": 3, "triton": 5}
+BOUNDS = {"cpu": 1, "cuda": 2, "triton": 2}
+"""Passes that find it and count the ties before each block."""
+OF_DELTAS = {"cpu": 1, "cuda": 3, "triton": 4}
+"""Passes that find both of deltas."""
+PCB = {"cpu": 3, "cuda": 3, "triton": 5}
 """Passes of PCB-Merging before the last one: for each of two bounds of the magnitudes, and for those of the scores."""
 
 
@@ -221,8 +224,8 @@ TASK_ARITHMETIC = {"method": None, "election": "none", "divisor": "none"}
 CASES = (
     Case("abs_histogram", "", lambda given, backend: ops.abs_histogram(given.deltas[0], backend=backend), 1),
     Case("kth_magnitude", "", _kth, 1, sweeps={name: passes - 1 for name, passes in KTH.items()}),
-    Case("topk_mask", "", lambda given, backend: ops.topk_mask(given.deltas[0], 0.5, backend=backend), 1, 1, KTH),
-    Case("sparsify", "magnitude", _sparsify("magnitude"), 1, 2, KTH),
+    Case("topk_mask", "", lambda given, backend: ops.topk_mask(given.deltas[0], 0.5, backend=backend), 1, 1, BOUNDS),
+    Case("sparsify", "magnitude", _sparsify("magnitude"), 1, 2, BOUNDS),
     Case("sparsify", "bernoulli", _sparsify("bernoulli"), 1, 2),
     Case("sparsify", "della", _sparsify("della_magprune"), 1, 2),
     Case("consensus_merge", "ties", _consensus(**TIES), 1 + MODELS, 2, OF_DELTAS),

@@ -77,7 +77,7 @@ def test_a_wrong_result_has_no_figure_and_code_1(
     [
         (["--op", "tpk_mask"], "did you mean 'topk_mask'?"),
         (["--device", "gpu"], "device='gpu' is not known"),
-        (["--backend", "cuda"], "backend='cuda' is not a backend"),
+        (["--backend", "opencl"], "backend='opencl' is not a backend"),
         (["--size", "0"], "size=0 is no number of elements"),
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], "sees no GPU")]),
     ],
