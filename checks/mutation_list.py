@@ -993,3 +993,93 @@ MUTATIONS = [
         ("a model's row of the mask", "out + number * ((n + 7) // 8) + first // 8", "out + first // 8"),
     ),
 ]
+
+
+# --- CUDA C++: built for the emulator, one by one
+
+
+def _cuda(family: str, *functions: str) -> tuple[str, ...]:
+    """A family's own tests, and those that compare these functions of the CUDA backend with the reference."""
+    own = f"tests/cuda/test_{family}.py"
+    return (own, *(f"tests/ops/test_equal_bits.py::test_{function}[cuda]" for function in functions))
+
+
+MUTATIONS += [
+    *_in(
+        "csrc/cuda/tile.h",
+        _cuda("consensus", "consensus_apply"),
+        ("data past the first word of 16 bytes", "(shift & 4u) ? all[i + 1] : all[i]", "all[i]"),
+        ("a byte's shift", "uint32_t bits = 8u * (shift & 3u);", "uint32_t bits = 8u * (shift & 2u);"),
+        ("earlier warps count", "lower += warp < thread() / 32 ? of_warp : 0u;", "lower += 0u;"),
+    ),
+    *_in(
+        "csrc/cuda/kept.h",
+        _cuda("consensus", "consensus_apply", "kept_masks"),
+        (
+            "past a cut equals are past the bound",
+            "kept.after[b] = bits_below(ties > 0 ? key + 1 : key);",
+            "kept.after[b] = bits_below(key);",
+        ),
+        ("equals before this tie block are counted", "int64_t left = ties - before[0];", "int64_t left = ties;"),
+        ("a cut lies behind the last equal before it", "+ place + 1;", "+ place;"),
+        ("a word equal to the limit is dropped", "block.word[t] < limit", "block.word[t] <= limit"),
+        ("words begin within a block of four", "return (bits >> lead) & 0xffu;", "return bits & 0xffu;"),
+        (
+            "the upper bound is not in the band",
+            "magnitude < high && magnitude >= low",
+            "magnitude <= high && magnitude >= low",
+        ),
+    ),
+    *_in(
+        "csrc/cuda/consensus.cu",
+        _cuda("consensus", "consensus_apply"),
+        ("where nobody takes part is 0", "divided * (nobody ? 0.0f : elected)", "divided * elected"),
+        ("zeros take no part", "turned > 0.0f ? share[i] : 0.0f", "turned >= 0.0f ? share[i] : 0.0f"),
+        ("lambda multiplies", "multiply8(merge.formula.lambda, mixed);", ""),
+        ("frequency counts signs", "frequency ? sign_of(voter) : voter", "voter"),
+    ),
+    *_in(
+        "csrc/cuda/sparsify.cu",
+        _cuda("sparsify", "l1_sums", "kept_masks", "count_nonfinite"),
+        ("what is not finite has no mass", "key < kInfBits ? magnitude_mantissa(key) : 0u", "magnitude_mantissa(key)"),
+        ("masses of other sizes go elsewhere", "if (mantissa != 0 && place >> 5 != group) {", "if (false) {"),
+        ("high halves are carried", "atomic_add(limb + 1,", "atomic_add(limb,"),
+        ("bits past the end are 0", "if (at + kEach > own.length) bits &=", "if (false) bits &="),
+        ("tied ranks are averaged", "rank_limit(rows, first + last)", "rank_limit(rows, first + first)"),
+        ("infinities are no NaN", "magnitude > kInfBits ? 1u : 0u", "magnitude >= kInfBits ? 1u : 0u"),
+    ),
+    *_in(
+        "csrc/cuda/select.cu",
+        _cuda("select", "abs_histogram", "magnitude_bounds", "tie_counts", "topk_mask", "key_window", "key_histogram"),
+        (
+            "a warp of equal keys counts all",
+            "if (lane() == 0) add<kInside>(bins, two[0] >> 16, 32 * kEach);",
+            "if (lane() == 0) add<kInside>(bins, two[0] >> 16, kEach);",
+        ),
+        ("keys past the end are none", "keys[t] = at + t < end ? keys[t] : kNoKey;", "keys[t] = keys[t];"),
+        (
+            "what is not in shared memory is counted elsewhere",
+            "    } else {\n        add_global(bins, bin, times);\n    }\n}",
+            "    }\n}",
+        ),
+        ("signs are no part of a key", "words[i] & 0x7fff7fffu", "words[i] & 0x7fffffffu"),
+        (
+            "equals before the cut are not past it",
+            "(is_last && nth_last >= last.ties)",
+            "(is_last && nth_last > last.ties)",
+        ),
+        ("keys below a window are not counted", "|| keys[t] < low) continue;", ") continue;"),
+    ),
+    *_in(
+        "csrc/cuda/pcb.cu",
+        ("tests/cuda/test_pcb.py",),
+        (
+            "pairs are taken from both sides",
+            "other.v[e] = other.v[e] + shared;\n                }\n                columns.at(2, j)",
+            "other.v[e] = other.v[e];\n                }\n                columns.at(2, j)",
+        ),
+        ("a square of zero is clipped, too", "edge.square_of_zero = z * z;", "edge.square_of_zero = 0.0f;"),
+        ("a zero dividend keeps its sign", "return zero ? a * result : result;", "return zero ? 0.0f : result;"),
+        ("equal places of a warp are counted together", "count_bits(together)", "1"),
+    ),
+]

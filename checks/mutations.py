@@ -1,8 +1,8 @@
 """Every rule of the kernels is held by a test: break the rule, and the test fails.
 
-Each mutation changes one text of one file in a copy of this tree and runs the tests that must notice. ``python -m
-checks.mutations`` tries all of them, which takes long; ``--only PATTERN`` those whose name or file contains it. A
-mutation that survives is a rule without a test.
+Each mutation changes one text of one file in a copy of this tree and runs the tests that must notice; where the file is
+one of CUDA's it builds the emulated module first. ``python -m checks.mutations`` tries all of them, which takes long;
+``--only PATTERN`` those whose name or file contains it. A mutation that survives is a rule without a test.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from checks import ROOT
+from checks import ROOT, emulated
 from checks.mutation_list import MUTATIONS, Mutation
 
 COPIED = ("checks", "csrc", "docs", "fastmerge", "tests", "triton_kernels", "pyproject.toml", "setup.py", "README.md")
@@ -111,6 +111,11 @@ def tried(mutation: Mutation, timeout: float = TIMEOUT) -> Outcome:
         folder = copy_of(ROOT, Path(name))
         path = folder / mutation.file
         path.write_text(path.read_text(encoding="utf-8").replace(mutation.old, mutation.new), encoding="utf-8")
+        if mutation.file.startswith("csrc/cuda/"):
+            try:
+                emulated.build(folder)
+            except RuntimeError as error:
+                return Outcome(mutation, "broken", str(error), time.monotonic() - started)
         result = pytest_in(folder, mutation.tests, timeout)
     lines = [line for line in result.stdout.splitlines() if line.strip()]
     said = lines[-1] if lines and result.returncode >= 0 else f"ended with {result.returncode}"

@@ -176,8 +176,8 @@ class Case:
 
 
 # A GPU finds order statistics digit by digit: bfloat16 has 15 bits that count, a delta of two such numbers, in float32,
-# has 31. Triton's kernels count digits of 8 bits at most, those in CUDA 15 bits at once, or digits of 11, 10 and 10. The
-# compiled kernels for CPUs bracket the rank by a sample, and read once.
+# has 31. Triton's kernels count digits of 8 bits at most, those in CUDA 15 bits at once, or digits of 11, 10 and 10.
+# The compiled kernels for CPUs bracket the rank by a sample, and read once.
 KTH = {"cpu": 1, "cuda": 1, "triton": 2}
 """Passes that find an order statistic of bfloat16 magnitudes."""
 BOUNDS = {"cpu": 1, "cuda": 2, "triton": 2}
