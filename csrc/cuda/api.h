@@ -21,7 +21,10 @@ std::string check_usable();  // why kernels cannot run here, or nothing
 int use_device(int device);
 int64_t shared_limit();  // bytes of shared memory that a block may have
 int64_t launches();      // how many kernels were launched so far
-int64_t processors();    // of the current device
+// A few numbers of the host, into the device's memory: by value, so that graphs can capture it and nothing is copied.
+constexpr int32_t kMostNumbers = 480;
+int write_numbers(Place place, const int64_t* values, int32_t count, int64_t* out);
+int64_t processors();  // of the current device
 
 // select. counts, bounds, ties: int64. Where counts are added to, they begin as 0.
 // Counts digits: row by row, 2^width bins each. ranked: the leading digit of all keys, of models that have a rank to

@@ -1,4 +1,4 @@
-// What does not belong to a family: the device, its limits, and what its errors mean.
+// What does not belong to a family: the device, its limits, what its errors mean, and numbers for its memory.
 #include "cuda/api.h"
 #include "cuda/device.h"
 
@@ -55,6 +55,26 @@ int64_t shared_limit() { return emulated::shared_limit(); }
 int64_t processors() { return 3; }
 
 #endif
+
+namespace {
+
+constexpr int kWriters = 128;
+
+struct Numbers {
+    int64_t value[kMostNumbers];
+};
+
+FM_KERNEL(kWriters) write_numbers_kernel(FM_LARGE Numbers numbers, int32_t count, int64_t* out) {
+    for (int i = thread(); i < count; i += kWriters) out[i] = numbers.value[i];
+}
+
+}  // namespace
+
+int write_numbers(Place place, const int64_t* values, int32_t count, int64_t* out) {
+    Numbers numbers;
+    for (int32_t i = 0; i < kMostNumbers; ++i) numbers.value[i] = i < count ? values[i] : 0;
+    return launch(write_numbers_kernel, 1, kWriters, 0, place.stream, numbers, count, out);
+}
 
 }  // namespace cuda
 FM_NAMESPACE_END

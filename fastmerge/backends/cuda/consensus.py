@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..rule import TIE_BLOCK, SparsifyRule
-from .launch import CODES, NOTHING, compiled, copied, place, ref
+from .launch import CODES, NOTHING, compiled, place, ref, table
 from .launch import inputs as inputs_ref
 from .sparsify import decided, few, given
 
@@ -131,8 +131,8 @@ def consensus_apply_many(
         *([x.data_ptr() for x in one] for one in tensors),
     ]
     # One copy: the table, and how many parts each tensor has.
-    numbers = copied([number for row in zip(*columns, strict=True) for number in row] + parts, device)
-    table, counts = numbers[: len(columns) * len(out)], numbers[len(columns) * len(out) :]
+    numbers = table([number for row in zip(*columns, strict=True) for number in row] + parts, device)
+    rows, counts = numbers[: len(columns) * len(out)], numbers[len(columns) * len(out) :]
     # Each tensor's number as often as it has parts; told how many that are, nothing waits for the GPU.
     tensor_of = torch.arange(len(out), dtype=torch.int32, device=device)
     tensor_of = tensor_of.repeat_interleave(counts, output_size=sum(parts))
@@ -147,7 +147,7 @@ def consensus_apply_many(
         kept,
         _formula(weights, scales, election, zero_sign, divisor, divisor_value, lambda_, compute),
         CODES[out[0].dtype],
-        table.data_ptr(),
+        rows.data_ptr(),
         tensor_of.data_ptr(),
         sum(parts),
         part,

@@ -49,8 +49,22 @@ def inputs(base: Tensor | None, tensors: list[Tensor], compute: torch.dtype) -> 
     return reference, base is not None, [ref(x) for x in tensors], tensors[0].numel(), CODES[compute]
 
 
-def copied(values: list[int] | Tensor, device: torch.device) -> Tensor:
-    """int64 numbers in the device's memory, copied while the host goes on."""
+LAUNCHES = 4
+"""By as many of them numbers are written that are few; a copy costs more than that."""
+
+
+def table(values: list[int] | Tensor, device: torch.device) -> Tensor:
+    """int64 numbers in the device's memory, without waiting for it.
+
+    Few of them are written by launches, which graphs can capture; more are copied while the host goes on.
+    """
+    most = compiled.MOST_NUMBERS
+    if len(values) <= LAUNCHES * most:
+        numbers = values.tolist() if isinstance(values, Tensor) else values
+        out = torch.empty(len(numbers), dtype=torch.int64, device=device)
+        for first in range(0, len(numbers), most):
+            compiled.write_numbers(place(device), numbers[first : first + most], out.data_ptr() + 8 * first)
+        return out
     host = torch.as_tensor(values, dtype=torch.int64)
     # Pinned memory is given back only when the copy has been made: PyTorch sees to it.
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

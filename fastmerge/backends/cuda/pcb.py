@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import BackendError
 from ...reference.pcb import score_keys
 from ..rule import L1_LIMBS, PcbRule
-from .launch import Ref, address, compiled, copied, inputs, place, ref
+from .launch import Ref, address, compiled, inputs, place, ref, table
 
 __all__ = [
     "pcb_apply",
@@ -75,7 +75,7 @@ def pcb_window_(
 ) -> None:
     """Count scores past and inside a window of keys; see `fastmerge.ops.pcb_window_`."""
     rows, device = _rows(base, tensors), tensors[0].device
-    first = copied(low, device)
+    first = table(low, device)
     window = first.data_ptr(), counts.shape[1] - 1, counts.data_ptr(), highest.data_ptr()
     compiled.pcb_window(place(device), *rows, _known(rule), *window)
 
@@ -84,7 +84,7 @@ def pcb_histogram(base: Tensor | None, tensors: list[Tensor], rule: PcbRule, pre
     """Counts of the high or the low half of score keys; see `fastmerge.ops.pcb_histogram`."""
     rows, device = _rows(base, tensors), tensors[0].device
     out = torch.zeros(len(tensors), _HALVES, dtype=torch.int64, device=device)
-    wanted = copied(prefix, device)
+    wanted = table(prefix, device)
     compiled.pcb_histogram(place(device), *rows, _known(rule), wanted.data_ptr(), out.data_ptr(), 0, 0)
     return out
 
@@ -135,7 +135,7 @@ def pcb_score_bounds(chunks: _Chunks, rule: PcbRule, ranks: list[int]) -> tuple[
     device = next(tensors[0].device for _, tensors in chunks)
     if numel <= _SORTED:
         return _sorted(chunks, rule, ranks)
-    rank = copied(ranks, device)
+    rank = table(ranks, device)
     highest = torch.zeros_like(rank)
     if numel < _SAMPLED_FROM:
         return _descent(chunks, rule, rank, highest, None), highest
@@ -189,7 +189,7 @@ def _likely_window(chunks: _Chunks, rule: PcbRule, ranks: list[int], sizes: list
         first += count
     if size == 0:
         return torch.tensor([_LEAST, _MOST], dtype=torch.int32).to(device).repeat(models, 1)
-    places = copied([min((numel - rank) * size // numel, size - 1) for rank in ranks], device)
+    places = table([min((numel - rank) * size // numel, size - 1) for rank in ranks], device)
     most = int(0.8 * size * capacity / numel / 2)
     window = torch.empty(models, 2, dtype=torch.int32, device=device)
     given = keys.data_ptr(), size, places.data_ptr(), most, window.data_ptr()

@@ -15,7 +15,8 @@ from torch import Tensor
 from ...errors import BackendError
 from ...reference.select import hashed_mask
 from ..rule import TIE_BLOCK
-from .launch import CODES, NOTHING, address, compiled, copied, place, ref
+from . import launch
+from .launch import CODES, NOTHING, address, compiled, place, ref
 
 __all__ = [
     "abs_histogram",
@@ -111,7 +112,7 @@ class _Work:
                 words += [*numbers[t], base, lengths[t], before, first, index]
                 before += blocks[t]
             tensor_of = torch.arange(len(tensors)).repeat_interleave(torch.tensor(blocks))
-            table = copied(torch.cat((tensor_of, torch.tensor(words))), device)
+            table = launch.table(torch.cat((tensor_of, torch.tensor(words))), device)
         described = compiled.Work(
             # The address of one without elements would say that there is none.
             NOTHING if bases is None else ref(max(bases, key=Tensor.numel)),
