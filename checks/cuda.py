@@ -166,13 +166,13 @@ def _compile(family: str, more: list[str]) -> str:
 def table(found: list[Usage]) -> str:
     """Registers of each kernel by target, as a Markdown table."""
     lines = [
-        f"| kernel | {' | '.join(f'sm_{each}' for each in ARCHITECTURES)} | shared |",
-        f"|---|{'---|' * len(ARCHITECTURES)}---|",
+        f"| kernel | {' | '.join(f'sm_{each}' for each in ARCHITECTURES)} |",
+        f"|---|{'---|' * len(ARCHITECTURES)}",
     ]
     for kernel in dict.fromkeys(each.kernel for each in found):
         those = {each.architecture: each for each in found if each.kernel == kernel}
         registers = (str(those[each].registers) if each in those else "" for each in ARCHITECTURES)
-        lines.append(f"| `{kernel}` | {' | '.join(registers)} | {max(each.shared for each in those.values())} |")
+        lines.append(f"| `{kernel}` | {' | '.join(registers)} |")
     return "\n".join(lines)
 
 

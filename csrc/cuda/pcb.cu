@@ -468,7 +468,7 @@ struct ApplySink {
 };
 
 template <int V, int E>
-FM_KERNEL_RESIDENT(kMostThreads, kResident<E>)
+FM_KERNEL_RESIDENT(kMostThreads, E == 1 ? 8 : 6)
 pcb_apply_kernel(FM_LARGE PcbArgs args, FM_LARGE ApplyArgs apply, int threads) {
     int32_t n = args.models.count;
     int tile = threads * E;
