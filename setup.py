@@ -120,6 +120,13 @@ def cuda_runtime(compiler: str) -> str:
 class BuildKernels(build_ext):
     """Compiles and links each module of kernels, in its own way; a module that is optional may fail."""
 
+    def run(self) -> None:
+        from pybind11.setup_helpers import ParallelCompile
+
+        # Several sources at a time, by as many compilers as there are processors.
+        with ParallelCompile(default=0):
+            super().run()
+
     def build_extension(self, ext: Extension) -> None:
         build, variable, needed = {
             "fastmerge._cpu": (
@@ -184,12 +191,15 @@ class BuildKernels(build_ext):
         self._link(ext, objects, [])
 
     def _build_cuda(self, ext: Extension) -> None:
-        """The kernels by nvcc, for all architectures at once; what ptxas says of them is kept beside the objects."""
+        """The kernels by nvcc, for all architectures at once, where they have changed since the last time.
+
+        What ptxas says of them is kept beside the objects: in the sources' own folder, for pip builds in another.
+        """
         compiler = nvcc()
         if compiler is None:
             raise RuntimeError("there is no nvcc")
         wanted = architectures()
-        folder = Path(self.build_temp) / "cuda"
+        folder = ROOT / "build" / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
         include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
         flags = [*NVCC_FLAGS, *code_flags(wanted), *include]
@@ -211,14 +221,14 @@ class BuildKernels(build_ext):
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1) as pool:
             objects = list(pool.map(compiled, CUDA_SOURCES))
         named = [("FASTMERGE_CUDA_ARCHITECTURES", f'"{",".join(wanted)}"')]
-        objects += self._compile(ext, "cuda-bindings", CUDA_BINDINGS, named, [])
+        objects += self._compile(ext, "cuda-bindings", CUDA_BINDINGS, named, ["-O1"])
         self._link(ext, objects, [cuda_runtime(compiler), "-ldl", "-lrt"])
 
     def _build_emulated(self, ext: Extension) -> None:
         """The CUDA kernels as C++, with the emulator in the place of CUDA."""
         folder = Path(self.build_temp) / "emulated-sources"
         folder.mkdir(parents=True, exist_ok=True)
-        sources = ["csrc/cuda/emulated.cpp", *CUDA_BINDINGS]
+        sources = ["csrc/cuda/emulated.cpp"]
         for name in CUDA_SOURCES:
             # setuptools knows no .cu: a file of another name includes it.
             path = folder / f"{name}.cpp"
@@ -228,7 +238,8 @@ class BuildKernels(build_ext):
             sources.append(str(path))
         named = [("FASTMERGE_CUDA_MODULE", "_cuda_emulated")]
         # -O2 warns of less that is not there.
-        self._link(ext, self._compile(ext, "emulated", sources, named, ["-O2"]), [])
+        objects = self._compile(ext, "emulated", sources, named, ["-O2"])
+        self._link(ext, [*objects, *self._compile(ext, "emulated-bindings", CUDA_BINDINGS, named, ["-O1"])], [])
 
 
 def modules() -> list[Extension]:

@@ -132,9 +132,11 @@ def logs() -> dict[str, str]:
     newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cu"))
     made: dict[str, str] = {}
     for family in FAMILIES:
-        for path in (ROOT / "build").glob(f"*/cuda/{family}.log"):
-            if path.stat().st_mtime > newest and path.read_text().startswith(f"{list(ARCHITECTURES)}\n"):
-                made[family] = path.read_text()
+        path = ROOT / "build" / "cuda" / f"{family}.log"
+        if path.exists() and path.stat().st_mtime > newest:
+            text = path.read_text()
+            if text.startswith(f"{list(ARCHITECTURES)}\n"):
+                made[family] = text
     if missing := [family for family in FAMILIES if family not in made]:
         with tempfile.TemporaryDirectory() as name:
             for family in missing:

@@ -12,7 +12,8 @@ from tests.gpu import support
 def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend that the tests name, and that merges take by themselves."""
     monkeypatch.setattr(support, "BACKEND", request.param)
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, request.param)
+    # As first of those that "auto" tries, which what stays on the host does not see.
+    monkeypatch.setattr(backends, "_NAMES", (request.param, *(x for x in backends.names() if x != request.param)))
 
 
 @pytest.fixture(autouse=True)
