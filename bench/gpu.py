@@ -118,7 +118,11 @@ class Bench:
 
 
 def launches(backend: str) -> dict[str, int]:
-    """How often each of Triton's kernels was launched so far."""
+    """How often each of Triton's kernels was launched so far, and those in CUDA together."""
+    if backend == "cuda":
+        from fastmerge.backends.cuda.launch import compiled
+
+        return {"kernels in CUDA": compiled.launches()}
     if backend != "triton":
         return {}
     from fastmerge.backends.triton.launch import launched

@@ -48,7 +48,9 @@ def test_env_names_versions_threads_and_every_backend(run: Run) -> None:
     assert platform.python_version() in result.stdout
     for name, reason in backends.available().items():
         line = next(line for line in lines if line.startswith(f"backend {name} "))
-        assert "works on CPU" in line if reason is None else "missing: " in line
+        # Here CUDA's kernels may be emulated; the process has no variable that would ask for that.
+        works = reason is None and (name != "cuda" or torch.cuda.is_available())
+        assert "works on " in line if works else "missing: " in line
     assert "no such variable is set" in result.stdout
 
 
