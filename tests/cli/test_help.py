@@ -21,8 +21,9 @@ def seconds_of(arguments: list[str]) -> float:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["--version"]])
-def test_help_answers_in_under_0_3_seconds(arguments: list[str]) -> None:
-    assert min(seconds_of(arguments) for _ in range(RUNS)) < 0.3
+def test_help_answers_at_once(arguments: list[str]) -> None:
+    """0.1 to 0.3 s, by the machine and what else it does; importing torch alone takes longer than this bound."""
+    assert min(seconds_of(arguments) for _ in range(RUNS)) < 0.8
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["merge"], ["merge", "no.yml", "out"]])
