@@ -778,11 +778,11 @@ MUTATIONS = [
         ("lambda counts", "any(f != 1.0 for f in (*factors, factor))", "any(f != 1.0 for f in factors)"),
         ("scales count", "any(f != 1.0 for f in (*factors, factor))", "factor != 1.0"),
         ("without an election all are counted", 'float(len(weights)) if divisor == "count" else value', "value"),
-        ("weights are rounded", "tuple(_rounded(weights, compute))", "tuple(_rounded(weights))"),
+        ("weights are rounded", "tuple(rounded(weights, compute))", "tuple(rounded(weights))"),
         (
             "the divisor is rounded",
-            "value = _rounded([divisor_value], compute)[0]",
-            "value = _rounded([divisor_value])[0]",
+            "value = rounded([divisor_value], compute)[0]",
+            "value = rounded([divisor_value])[0]",
         ),
     ),
     *_in(
