@@ -24,7 +24,10 @@ from fastmerge import backends, ops
 SCRIPT = Path(gpu.__file__)
 CHECK = SCRIPT.with_name("gpu_check.sh")
 MOST_SECONDS = 540
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="kernels are compiled here, not interpreted; bench/gpu_check.sh runs here without --dry-run",
+)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -86,7 +89,7 @@ def test_a_wrong_result_has_no_figure(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(ops, "abs_histogram", lambda x, backend: right(x, backend=backend) + (backend == made.backend))
     monkeypatch.setattr(gpu_ops, "on_host", lambda run: run("reference"))
     if made.backend == "reference":
-        pytest.skip("there is no other backend than the reference")
+        pytest.skip("there is no backend but the reference, with which it would be compared")
     for row in gpu_ops.histogram(made):
         assert "are not the reference's" in row["problem"]
         assert "seconds" not in row and "RED" in gpu.render(row)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmerge import ops
+from fastmerge import backends, ops
 from fastmerge.backends.rule import PcbRule
 from fastmerge.errors import BackendError
 from fastmerge.reference import pcb as reference
@@ -26,8 +26,13 @@ from tests.pcb_kernels import (
 )
 from tests.strategies import DTYPES
 
-launch = pytest.importorskip("fastmerge.backends.cuda.launch", exc_type=ImportError)
-pcb = pytest.importorskip("fastmerge.backends.cuda.pcb", exc_type=ImportError)
+if backends.reason("cuda") is not None:
+    pytest.skip(
+        f"no cuda backend here; tests/ops holds the others to the same: {backends.reason('cuda')}",
+        allow_module_level=True,
+    )
+
+from fastmerge.backends.cuda import launch, pcb
 
 pytestmark = [
     pytest.mark.skipif(not launch.EMULATED, reason="tests/gpu has the tests that run on a GPU"),

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmerge import ops
-from fastmerge.backends.triton import launch, pcb
+from fastmerge import backends, ops
 from fastmerge.reference import pcb as reference
 from tests.numeric import assert_bitwise_equal
 from tests.pcb_kernels import (
@@ -25,6 +24,14 @@ from tests.pcb_kernels import (
     results_of,
 )
 from tests.strategies import DTYPES
+
+if backends.available()["triton"] is not None:
+    pytest.skip(
+        f"no triton backend here; tests/ops holds the others to the same: {backends.reason('triton')}",
+        allow_module_level=True,
+    )
+
+from fastmerge.backends.triton import launch, pcb
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="tests/gpu has the tests that run on a GPU")
 
