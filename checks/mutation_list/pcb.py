@@ -292,7 +292,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "csrc/cuda/pcb.cu",
+        "csrc/cuda/scores.h",
         ("tests/cuda/test_pcb.py",),
         (
             "pairs are taken from both sides",
@@ -301,6 +301,10 @@ MUTATIONS = [
         ),
         ("a square of zero is clipped, too", "edge.square_of_zero = z * z;", "edge.square_of_zero = 0.0f;"),
         ("a zero dividend keeps its sign", "return zero ? a * result : result;", "return zero ? 0.0f : result;"),
+    ),
+    *in_file(
+        "csrc/cuda/pcb.cu",
+        ("tests/cuda/test_pcb.py",),
         ("equal places of a warp are counted together", "count_bits(together)", "1"),
     ),
 ]
