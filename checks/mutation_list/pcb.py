@@ -169,7 +169,7 @@ MUTATIONS = [
     ),
     *in_file(
         "triton_kernels/pcb.py",
-        _pcb("thresholds_of_long_rows_are_exact", "pcb_merge[triton]"),
+        ("tests/ops/test_pcb_ranks.py::test_thresholds_of_long_rows_are_exact", *_pcb("pcb_merge[triton]")),
         (
             "only keys with the prefix are counted",
             "matching = inside & ((key >> (bits + 8)) == prefix)",
