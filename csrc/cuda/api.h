@@ -55,7 +55,7 @@ int zero_nonfinite(Place place, void* data, int32_t dtype, int64_t numel);
 // What a rule (not DELLA's) keeps of each model, as bits, in rows of ceil(numel / 8) bytes.
 int kept_masks(Place place, const Models& models, const Rule& rule, uint8_t* masks);
 int l1_sums(Place place, const Models& models, const Rule& rule, int64_t* limbs);  // int64[n, 2, kLimbs], of zeros
-// DELLA's step for some rows of one model: what ranks they have is known from their sorted keys.
+// DELLA's step for some rows of one model, which have more than one element.
 struct Rows {
     Array base, x;  // from the rows' first element on; base.data == nullptr: no subtraction
     int32_t compute;
@@ -64,8 +64,12 @@ struct Rows {
     uint64_t seed, tensor_id, offset;  // offset: of the rows' first element in its tensor
     uint32_t stream;
 };
-int row_keys(Place place, const Rows& rows, int32_t* keys);                          // [count, length]
-int row_masks(Place place, const Rows& rows, const int32_t* sorted, uint8_t* mask);  // ceil(count * length / 8) bytes
+bool ranks_rows(int64_t length);  // whether a block has room for rows of this length
+// Those rows' mask: ceil(count * length / 8) bytes. most_open: bins of a row that are refined at a time, at least 1.
+int rank_rows(Place place, const Rows& rows, int32_t most_open, uint8_t* mask);
+// Others': by their keys, and by these sorted.
+int row_keys(Place place, const Rows& rows, int32_t* keys);  // [count, length]
+int row_masks(Place place, const Rows& rows, const int32_t* sorted, uint8_t* mask);
 
 // consensus
 // Elements in a part, of which a block takes one, where there are so many in all: a divisor of a tie block.

@@ -200,8 +200,9 @@ FM_DEVICE void store8(void* data, int32_t dtype, int64_t at, int64_t end, const 
 // --- a block together
 // -------------------------------------------------------------------------------------------------
 
-// What the threads before this one have together, and what all have, over a block of kThreads. Called by all of them.
-// `partial` is shared memory for kWarps + 1 numbers, not to be used for anything else before the next barrier.
+// What the threads before this one have together, and what all have, over a block of kBlock. Called by all of them.
+// `partial` is shared memory for kBlock / 32 + 1 numbers, not to be used for anything else before the next barrier.
+template <int kBlock = kThreads>
 FM_DEVICE uint32_t sum_before(uint32_t own, uint32_t* partial, uint32_t* total) {
     uint32_t upto = own;
     for (int distance = 1; distance < 32; distance *= 2) {
@@ -213,7 +214,7 @@ FM_DEVICE uint32_t sum_before(uint32_t own, uint32_t* partial, uint32_t* total) 
     sync();
     uint32_t lower = 0, all = 0;
     FM_UNROLL
-    for (int warp = 0; warp < kWarps; ++warp) {
+    for (int warp = 0; warp < kBlock / 32; ++warp) {
         uint32_t of_warp = partial[warp];
         lower += warp < thread() / 32 ? of_warp : 0u;
         all += of_warp;
