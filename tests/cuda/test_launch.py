@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from fastmerge import backends
+
 launch = pytest.importorskip("fastmerge.backends.cuda.launch", exc_type=ImportError)
 
 pytestmark = pytest.mark.skipif(not launch.EMULATED, reason="tests/gpu has the tests that run on a GPU")
@@ -32,3 +34,15 @@ def test_the_emulator_takes_no_list_that_is_none(text: str) -> None:
     command = ["env", *(f"{name}={value}" for name, value in environment.items()), sys.executable, "-c", program]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode != 0 and "is no list of ranges" in result.stderr
+
+
+def test_a_gpu_that_the_kernels_were_not_compiled_for_is_said_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that "auto" takes another backend instead of failing at the first call."""
+    monkeypatch.setattr("fastmerge.backends.cuda.EMULATED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launch.compiled, "ARCHITECTURES", "90a,100")
+    monkeypatch.setattr(launch.compiled, "check_usable", lambda: "its kernels cannot run on this GPU: no kernel image")
+    monkeypatch.setattr(backends, "_loaded", {})
+    assert backends.reason("cuda") == (
+        "ImportError: its kernels cannot run on this GPU: no kernel image; this build has code for 90a,100"
+    )

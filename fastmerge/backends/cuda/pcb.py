@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ...errors import BackendError
 from ...reference.pcb import score_keys
+from ..limits import TooManyModelsError
 from ..rule import L1_LIMBS, PcbRule
 from .launch import Ref, address, compiled, inputs, place, ref, table
 
@@ -50,7 +50,7 @@ def _pairs(models: int) -> int:
 def _rows(base: Tensor | None, tensors: Sequence[Tensor]) -> tuple[Ref, bool, list[Ref], int]:
     """A chunk of n rows as kernels take it."""
     if len(tensors) > compiled.MOST_MODELS:
-        raise BackendError(
+        raise TooManyModelsError(
             f"the cuda backend takes at most {compiled.MOST_MODELS} rows in PCB-Merging, not {len(tensors)}; "
             'use backend="triton".'
         )
