@@ -27,6 +27,20 @@ def test_the_host_gets_its_device_back() -> None:
     assert out.tolist() == [7, 5, 6]
 
 
+@pytest.mark.parametrize("count", [0, 1, 480, 481, 1920, 1921, 5000])
+@pytest.mark.parametrize("captured", [False, True])
+def test_numbers_are_written_by_launches_where_a_graph_is_captured(
+    count: int, captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_captured", lambda device: captured)
+    values = [(-1) ** i * (i + (1 << 40)) for i in range(count)]
+    for given in (values, torch.tensor(values, dtype=torch.int64)):
+        before = launch.compiled.launches()
+        assert launch.table(given, torch.device("cpu")).tolist() == values
+        by_launches = captured or count <= 1920
+        assert launch.compiled.launches() - before == (-(-count // 480) if by_launches else 0)
+
+
 @pytest.mark.parametrize("text", ["12", "9-3", "1-2;"])
 def test_the_emulator_takes_no_list_that_is_none(text: str) -> None:
     program = "import torch\nfrom fastmerge import ops\nops.count_nonfinite(torch.ones(3), backend='cuda')\n"
