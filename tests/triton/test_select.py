@@ -19,7 +19,10 @@ from tests import strategies
 from tests.numeric import assert_bitwise_equal
 
 if backends.available()["triton"] is not None:
-    pytest.skip(f"no triton backend here: {backends.reason('triton')}", allow_module_level=True)
+    pytest.skip(
+        f"no triton backend here; tests/ops holds the others to the same: {backends.reason('triton')}",
+        allow_module_level=True,
+    )
 
 from fastmerge.backends.triton import launch
 from fastmerge.backends.triton import select as adapter

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..gpu import for_whole_tensors, of_one_dtype, rounded
 from ..rule import TIE_BLOCK, SparsifyRule
 from .launch import CODES, NOTHING, compiled, place, ref, table
 from .launch import inputs as inputs_ref
@@ -22,12 +23,6 @@ _ZERO_SIGNS = {"positive": 1.0, "negative": -1.0, "zero": 0.0}
 _Formula = tuple[list[float], list[float], int, int, float, float, float, bool]
 
 
-def _rounded(values: list[float], compute: torch.dtype = torch.float32) -> list[float]:
-    """Numbers rounded to float32, then to `compute`."""
-    numbers: list[float] = torch.tensor(values, dtype=torch.float32).to(compute).tolist()
-    return numbers
-
-
 def _formula(
     weights: list[float],
     scales: list[float],
@@ -39,15 +34,15 @@ def _formula(
     compute: torch.dtype,
 ) -> _Formula:
     """The numbers of a merge, rounded, as kernels take them."""
-    value = _rounded([divisor_value], compute)[0]
+    value = rounded([divisor_value], compute)[0]
     if election == "none" and divisor != "none":
         # Everybody takes part: what is divided by is one number.
         value = float(len(weights)) if divisor == "count" else value
         divisor = "value"
     if divisor == "none":
         value = 1.0
-    weights = _rounded(weights, compute)
-    *factors, factor = _rounded([*scales, lambda_])
+    weights = rounded(weights, compute)
+    *factors, factor = rounded([*scales, lambda_])
     divided_by = weights if divisor == "weights" else [value] if divisor == "value" else []
     zeros_stay = all(0 < number < math.inf for number in divided_by) and math.isfinite(math.fsum(divided_by))
     codes = _ELECTIONS[election], _DIVISORS[divisor], _ZERO_SIGNS[zero_sign]
@@ -109,11 +104,8 @@ def consensus_apply_many(
     Errors: ValueError where the bases, the models or the results do not have a single dtype, or the rule is another;
     take the tensors one by one then.
     """
-    for name, group in (("base", base or []), ("tensors", [x for one in tensors for x in one]), ("out", out)):
-        if len({x.dtype for x in group}) > 1:
-            raise ValueError(f"{name} has several dtypes; take its tensors one by one")
-    if rule.method not in ("none", "band", "bernoulli") or rule.offset:
-        raise ValueError(f"a rule {rule.method!r} is not for many tensors; take them one by one")
+    of_one_dtype(base, tensors, out)
+    for_whole_tensors(rule)
     few(len(tensors))
     lengths = [x.numel() for x in out]
     part = part_of(sum(lengths))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...reference.select import hashed_mask
+from ..gpu import bounds_by_group, of_one_dtype
 from ..limits import TooManyModelsError
 from ..rule import TIE_BLOCK
 from . import launch
@@ -217,19 +218,12 @@ def magnitude_bounds(
     bases = None if base is None else [base]
     kinds = [_kind(base, [x], compute) for x in tensors]
     groups = [[i for i, kind in enumerate(kinds) if kind == wanted] for wanted in dict.fromkeys(kinds)]
-    parts = [
-        _bounds(bases, [[tensors[i] for i in group]], [[first[i] for i in group]], [[last[i] for i in group]], compute)
-        for group in groups
-    ]
-    if len(parts) == 1:
-        bounds, ties_before = parts[0]
+
+    def bounds_of(models: list[Tensor], first: list[int], last: list[int]) -> tuple[Tensor, Tensor]:
+        bounds, ties_before = _bounds(bases, [models], [first], [last], compute)
         return bounds[0], ties_before
-    where = {model: (part, i) for part, group in enumerate(groups) for i, model in enumerate(group)}
-    order = [where[model] for model in range(len(tensors))]
-    return (
-        torch.stack([parts[part][0][0, i] for part, i in order]),
-        torch.stack([parts[part][1][i] for part, i in order]),
-    )
+
+    return bounds_by_group(bounds_of, groups, tensors, first, last)
 
 
 def magnitude_bounds_many(
@@ -246,9 +240,7 @@ def magnitude_bounds_many(
     ceil(N / 65536)), follow those of the one before.
     Errors: ValueError where the models, or the bases, do not have a single dtype; take the tensors one by one then.
     """
-    for name, group in (("base", base or []), ("tensors", [x for model in tensors for x in model])):
-        if len({x.dtype for x in group}) > 1:
-            raise ValueError(f"{name} has several dtypes; take its tensors one by one")
+    of_one_dtype(base, tensors)
     return _bounds(base, list(zip(*tensors)), first, last, compute)
 
 

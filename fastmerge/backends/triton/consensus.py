@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._triton import consensus as kernels
+from ..gpu import for_whole_tensors, of_one_dtype, rounded
 from ..rule import TIE_BLOCK, SparsifyRule
 from .launch import CODES, block, copied, flat, float_bits, launch, table, tiles
 from .sparsify import BY_VALUE, METHODS, PIECE, TYPES, Given, Words, alignment, decided, padded, usable
@@ -24,12 +25,6 @@ TILES = 4
 _ELECTIONS = {"none": 0, "weighted": 1, "total": 2, "frequency": 3}
 _DIVISORS = {"none": 0, "weights": 1, "count": 2, "value": 3}
 _ZERO_SIGNS = {"positive": 1, "negative": -1, "zero": 0}
-
-
-def _rounded(values: list[float], compute: torch.dtype = torch.float32) -> list[float]:
-    """Numbers rounded to float32, then to `compute`."""
-    numbers: list[float] = torch.tensor(values, dtype=torch.float32).to(compute).tolist()
-    return numbers
 
 
 @dataclass(frozen=True)
@@ -57,13 +52,13 @@ class _Formula:
         compute: torch.dtype,
     ) -> _Formula:
         """That of `consensus_apply` with these arguments."""
-        value = _rounded([divisor_value], compute)[0]
+        value = rounded([divisor_value], compute)[0]
         if election == "none":
             # Everybody takes part: what is divided by is one number.
             value = float(len(weights)) if divisor == "count" else value
             divisor = "none" if divisor == "none" else "value"
             zero_sign = "positive"
-        *factors, factor = _rounded([*scales, lambda_])
+        *factors, factor = rounded([*scales, lambda_])
         size = block(BLOCK)
         constants = {
             "ELECTION": _ELECTIONS[election],
@@ -78,7 +73,7 @@ class _Formula:
             "BLOCK": size,
             "PIECE": min(PIECE, size),
         }
-        return cls(tuple(_rounded(weights, compute)), tuple(factors), value, factor, constants)
+        return cls(tuple(rounded(weights, compute)), tuple(factors), value, factor, constants)
 
 
 def consensus_apply(
@@ -184,11 +179,8 @@ def consensus_apply_many(
     Errors: ValueError where the bases, the models or the results do not have a single dtype, or the rule is another;
     take the tensors one by one then.
     """
-    for name, group in (("base", base or []), ("tensors", [x for one in tensors for x in one]), ("out", out)):
-        if len({x.dtype for x in group}) > 1:
-            raise ValueError(f"{name} has several dtypes; take its tensors one by one")
-    if rule.method not in ("none", "band", "bernoulli") or rule.offset:
-        raise ValueError(f"a rule {rule.method!r} is not for many tensors; take them one by one")
+    of_one_dtype(base, tensors, out)
+    for_whole_tensors(rule)
     blocks = [max(1, tiles(x.numel(), TIE_BLOCK)) for x in out]
     if len(tensors) > BY_VALUE:
         _one_by_one(
