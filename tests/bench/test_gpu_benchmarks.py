@@ -112,6 +112,26 @@ def test_what_one_part_cannot_do_does_not_cost_the_others(
     assert "skipped: kth" in capsys.readouterr().out
 
 
+def test_an_interrupt_costs_no_row_that_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "new" / "figures.json"
+
+    def stopped(made: gpu.Bench) -> Any:
+        yield next(iter(gpu.PARTS["histogram"](made)))
+        assert len(json.loads(file.read_text())["rows"]) == 1  # written before the next is begun
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(gpu.PARTS, "kth", stopped)
+    backend = backends.name_of(backends.resolve("auto"))
+    given = ["--device", "cpu", "--elements", "2000", "--repeat", "1", "--backend", backend, "--json", str(file)]
+    assert gpu.main([*given, "--only", "kth", "histogram"]) == 130
+    kept = report.read(file)
+    assert [row["benchmark"] for row in kept["rows"]] == ["abs_histogram"] and kept["interrupted"] == "kth"
+    assert "interrupted in kth" in capsys.readouterr().err
+    assert list(file.parent.iterdir()) == [file]
+
+
 @pytest.mark.parametrize("variant", gpu_pcb.CLIPPED)
 def test_the_eager_formula_is_that_of_pcb_merging(variant: str) -> None:
     rows = torch.stack([adversarial.values("normal", torch.float32, 5000, seed) for seed in range(4)]) * 1e-2
