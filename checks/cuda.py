@@ -2,8 +2,9 @@
 
 Needs nvcc 12.8 or newer, which knows all of these, and no GPU. What is looked at is what the build left beside the
 objects: warnings, and the account of each kernel on each target that ptxas gave (registers, shared memory, stack,
-spills). Where there is none, or the sources are newer, it is made first. The PTX of one target is read for operations that give other bits than the reference's: approximate or fused
-ones, denormals flushed to zero, floats that are added atomically.
+spills). Where there is none, or the sources are newer, it is made first. The PTX of one target is read for operations
+that give other bits than the reference's: approximate or fused ones, denormals flushed to zero, floats that are added
+atomically.
 
 ``--write`` puts the table into docs/kernels.md.
 """
