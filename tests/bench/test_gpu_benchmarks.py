@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -197,23 +198,9 @@ def test_nvcc_is_found_beside_the_path_and_what_is_missing_is_said(tmp_path: Pat
     nvcc.chmod(0o755)
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in (
-        "bash",
-        "env",
-        "mkdir",
-        "mktemp",
-        "rm",
-        "tee",
-        "timeout",
-        "tail",
-        "grep",
-        "cut",
-        "sort",
-        "head",
-        "cat",
-    ):
-        (tools / name).symlink_to(Path("/usr/bin") / name)
-    (tools / "dirname").symlink_to("/usr/bin/dirname")
+    needed = "bash cat cut dirname env grep head mkdir mktemp rm sort tail tee timeout"
+    for name in needed.split():
+        (tools / name).symlink_to(str(shutil.which(name)))
     python = tools / "python"
     python.write_text(f'#!/bin/sh\n[ "$1" = - ] && exec {sys.executable} "$@"\nexit 3\n')
     python.chmod(0o755)
