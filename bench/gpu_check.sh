@@ -231,7 +231,7 @@ fi
     printf '\n== summary (%s s in all), raw figures in %s\n' $((SECONDS - began)) "$out"
     printf '%s\n' "${summary[@]}"
     grep -hE "^(FAILED|ERROR) " "$log" | sort -u | cut -c 1-160 | head -20
-    grep -hE "(passed|failed|skipped).* in [0-9.]+s|RED: |MISSED|(ERROR|RACECHECK) SUMMARY|^MISSING: |GB/s  .*GB/s| below a bar" "$log" |
+    grep -hE "(passed|failed|skipped).* in [0-9.]+s|RED: |MISSED|(ERROR|RACECHECK) SUMMARY|^MISSING: |^CUDA.s speed|GB/s  .*GB/s| below a bar" "$log" |
         cut -c 1-200 | head -60
 } | tee -a "$log" >"$scratch/summary"
 cat "$scratch/summary"

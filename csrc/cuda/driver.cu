@@ -25,17 +25,51 @@ int refused(int error) {
     return error;
 }
 
-// Whatever the thread's device is by this runtime, which is not PyTorch's: the other may have chosen one, too.
-int enter_device(int device, int* before) {
-    cudaError_t error = cudaGetDevice(before);
-    if (error != cudaSuccess) return refused(error);
-    error = cudaSetDevice(device);
+namespace {
+
+// The driver's functions that say which context is the thread's, and make one so. The runtime that is linked here is
+// not PyTorch's: what device it takes for the thread's need not be the other's, but the driver's context is one for
+// both. And to give a device back by its number would take memory there for a context, if it has none yet.
+struct Driver {
+    int (*get)(void** context) = nullptr;
+    int (*set)(void* context) = nullptr;
+    cudaError_t error;
+
+    Driver() : error(find("cuCtxGetCurrent", &get)) {
+        if (error == cudaSuccess) error = find("cuCtxSetCurrent", &set);
+    }
+
+    template <class Function>
+    static cudaError_t find(const char* name, Function* function) {
+        void* found = nullptr;
+        cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+        cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result);
+#else
+        cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
+#endif
+        if (error == cudaSuccess && found == nullptr) error = cudaErrorSymbolNotFound;
+        *function = reinterpret_cast<Function>(found);
+        return error;
+    }
+};
+
+const Driver& driver() {
+    static const Driver found;
+    return found;
+}
+
+}  // namespace
+
+int enter_device(int device, void** before) {
+    if (driver().error != cudaSuccess) return refused(driver().error);
+    // Where the driver has not been begun with, there is no context to come back to.
+    if (driver().get(before) != 0) *before = nullptr;
+    cudaError_t error = cudaSetDevice(device);
     return error == cudaSuccess ? error : refused(error);
 }
 
-void leave_device(int device, int before) {
-    if (device != before) refused(cudaSetDevice(before));
-}
+void leave_device(void* before) { driver().set(before); }
 
 static int attribute(cudaDeviceAttr which, int otherwise) {
     int device = 0, value = 0;
@@ -69,12 +103,13 @@ int allow_shared(const void* kernel) {
 
 const char* error_text(int) { return "the emulator refused a launch"; }
 
-int enter_device(int device, int* before) {
-    *before = emulated::enter_device(device);
+int enter_device(int device, void** before) {
+    *before = nullptr;
+    emulated::enter_device(device);
     return 0;
 }
 
-void leave_device(int, int before) { emulated::leave_device(before); }
+void leave_device(void*) { emulated::leave_device(); }
 
 int64_t shared_limit() { return emulated::shared_limit(); }
 

@@ -177,13 +177,12 @@ void read_forbidden() {
 
 }  // namespace
 
-int enter_device(int wanted) {
+void enter_device(int wanted) {
     if (device != 0) refuse("the launch before has not given the host its device back");
     device = wanted;
-    return 0;
 }
 
-void leave_device(int before) { device = before; }
+void leave_device() { device = 0; }
 
 void touch(const void* address, size_t bytes) {
     uintptr_t begin = reinterpret_cast<uintptr_t>(address);

@@ -38,8 +38,8 @@ extern Context context;  // of the fiber that runs
 // Deposits a value, waits for the warp or the block, and returns all deposits of it, 32 or as many as threads.
 const uint64_t* meet(Wait wait, uint64_t value);
 // The host's thread has device 0 while no launch is made, and is given it back.
-int enter_device(int device);
-void leave_device(int before);
+void enter_device(int device);
+void leave_device();
 // FASTMERGE_EMULATED_SHARED, or 227 KiB, what a block may have on sm_90.
 int64_t shared_limit();
 // Refuses what would stop a kernel on a GPU, "misaligned address", or what compute-sanitizer would find: a byte of what

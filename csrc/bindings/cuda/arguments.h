@@ -35,17 +35,17 @@ inline void done(int error) {
 // A stream whose device is the thread's as long as this lives: the caller's comes back behind the launches.
 class AtPlace {
 public:
-    explicit AtPlace(const PlaceRef& ref) : device_(ref.first), stream_(reinterpret_cast<void*>(ref.second)) {
-        done(cuda::enter_device(device_, &before_));
+    explicit AtPlace(const PlaceRef& ref) : stream_(reinterpret_cast<void*>(ref.second)) {
+        done(cuda::enter_device(ref.first, &before_));
     }
     AtPlace(const AtPlace&) = delete;
     AtPlace& operator=(const AtPlace&) = delete;
-    ~AtPlace() { cuda::leave_device(device_, before_); }
+    ~AtPlace() { cuda::leave_device(before_); }
     operator cuda::Place() const { return {stream_}; }
 
 private:
-    int device_, before_ = 0;
     void* stream_;
+    void* before_ = nullptr;
 };
 
 inline AtPlace place(const PlaceRef& ref) { return AtPlace(ref); }
