@@ -18,7 +18,9 @@ FM_INLINE int64_t tie_blocks(int64_t numel) { return (numel + kTieBlock - 1) / k
 // the device
 const char* error_text(int error);
 std::string check_usable();  // why kernels cannot run here, or nothing
-int use_device(int device);
+// Makes a device that of this thread, and says what it had before; and gives it that back.
+int enter_device(int device, void** before);
+void leave_device(void* before);
 int64_t shared_limit();  // bytes of shared memory that a block may have
 int64_t launches();      // how many kernels were launched so far
 // A few numbers of the host, into the device's memory: by value, so that graphs can capture it and nothing is copied.

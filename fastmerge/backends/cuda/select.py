@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import BackendError
 from ...reference.select import hashed_mask
 from ..gpu import bounds_by_group, of_one_dtype
+from ..limits import TooManyModelsError
 from ..rule import TIE_BLOCK
 from . import launch
 from .launch import CODES, NOTHING, address, compiled, place, ref
@@ -97,7 +97,7 @@ class _Work:
         lengths = [row[0].numel() for row in tensors]
         blocks = [_tie_blocks(numel) for numel in lengths]
         if len(models) > compiled.MOST_MODELS:
-            raise BackendError(
+            raise TooManyModelsError(
                 f"the cuda backend takes up to {compiled.MOST_MODELS} models at once, not {len(models)}; "
                 'use backend="triton".'
             )

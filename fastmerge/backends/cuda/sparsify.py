@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import BackendError
 from ...reference import random
+from ..limits import TooManyModelsError
 from ..rule import L1_LIMBS, SparsifyRule
 from .launch import CODES, NOTHING, address, compiled, inputs, place, ref
 
@@ -25,9 +25,9 @@ OPEN = 1 << 10
 
 
 def few(models: int) -> None:
-    """BackendError where a launch cannot take so many models."""
+    """TooManyModelsError where a launch cannot take so many models."""
     if models > compiled.MOST_MODELS:
-        raise BackendError(
+        raise TooManyModelsError(
             f"the cuda backend merges at most {compiled.MOST_MODELS} models at once, not {models}; "
             'use backend="triton", which takes any number'
         )
