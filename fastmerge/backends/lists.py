@@ -36,7 +36,7 @@ class Lists:
         self.base = base
         self.models = models
         self.out = out
-        self.tensor_ids = [0] * len(models[0]) if tensor_ids is None else list(tensor_ids)
+        self.tensor_ids = [0] * len(models[0]) if tensor_ids is None else tensor_ids
         self.kept = kept
         self._made: dict[Hashable, Any] = {}
 
@@ -112,6 +112,11 @@ class Lists:
     def out_addresses(self) -> Tensor:
         """int64[T]; 0 where there is none."""
         return torch.zeros_like(self.lengths) if self.out is None else addresses(self.out)
+
+
+def words(values: Sequence[int]) -> Tensor:
+    """Unsigned 64-bit numbers as the signed ones with their bits, at least one."""
+    return torch.frombuffer(array("Q", values), dtype=torch.int64)
 
 
 def numbers(values: Iterable[int]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from operator import attrgetter, eq
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ from .consensus import consensus_merge, total_divisor
 
 _TOGETHER = (None, "magnitude", "magnitude_outliers", "bernoulli")
 """The methods whose rules serve many tensors at once; rows are ranked tensor by tensor."""
+
+
+_SHAPE = attrgetter("shape")
 
 
 # -- the merge -------------------------------------------------------------------------------------------------------
@@ -137,6 +141,7 @@ def _one_by_one(lists: Lists, formula: _Formula, module: ModuleType, options: di
 
 def _checked(base: list[Tensor], models: list[list[Tensor]], out: list[Tensor], ids: Sequence[int]) -> Lists:
     """Lists that kernels may take: all tensors are looked at together, and one by one only where something is wrong."""
+    # Shapes are compared as they are read: thousands of new tuples would have the garbage collector look at everything.
     everything = [*base, *chain.from_iterable(models), *out]
     shapes = [x.shape for x in models[0]]
     others = [*models[1:], out, *([base] if base else [])]
@@ -148,7 +153,7 @@ def _checked(base: list[Tensor], models: list[list[Tensor]], out: list[Tensor], 
         or not {device.type for device in devices} <= set(_checks.DEVICES)
         or not {x.dtype for x in everything} <= set(_checks.KERNEL_DTYPES)
         or {x.layout for x in everything} != {torch.strided}
-        or any(len(each) != len(shapes) or not all(map(_has_shape, each, shapes)) for each in others)
+        or any(len(each) != len(shapes) or not all(map(eq, map(_SHAPE, each), shapes)) for each in others)
         or not all(dense)
     ):
         _explain(base, models, out, ids)
@@ -159,11 +164,6 @@ def _checked(base: list[Tensor], models: list[list[Tensor]], out: list[Tensor], 
         _explain(base, models, out, ids)
         raise ArgumentError(f"out[{t}] overlaps another tensor of the lists in memory; pass a tensor of its own.")
     return lists
-
-
-def _has_shape(x: Tensor, shape: torch.Size) -> bool:
-    # Shapes are not listed: thousands of tuples would have the garbage collector look at everything.
-    return x.shape == shape
 
 
 def _explain(
@@ -212,9 +212,7 @@ def _overlapping(lists: Lists) -> int | None:
 
 def _sizes(lists: Lists, tensors: Sequence[Tensor]) -> Tensor:
     """Bytes of each."""
-    if len({x.dtype for x in tensors}) == 1:
-        return lists.lengths * tensors[0].element_size()
-    return numbers([x.nbytes for x in tensors])
+    return lists.lengths * tensors[0].element_size() if lists.uniform else numbers([x.nbytes for x in tensors])
 
 
 # -- schema, kernel, fake --------------------------------------------------------------------------------------------
@@ -232,7 +230,8 @@ def _merge_many(base: list[Tensor], tensors: list[Tensor], count: int, tensor_id
     models = _by_model(tensors, count)
     formula = _Formula(*numbers)
     formula.check(len(models))
-    _merge(_checked(list(base), models, list(out), [unsigned64(number) for number in tensor_ids]), formula, backend)
+    ids = [unsigned64(number) for number in tensor_ids] if any(tensor_ids) else list(tensor_ids)
+    _merge(_checked(list(base), models, list(out), ids), formula, backend)
 
 
 _merge_many_op = define(
@@ -397,7 +396,7 @@ def consensus_merge_many(
     )  # fmt: skip
     results = given.results(out_dtype)
     flat = list(chain.from_iterable(given.models))
-    ids = [signed64(number) for number in given.ids]
+    ids = [signed64(number) for number in given.ids] if any(given.ids) else given.ids
     _merge_many_op(given.base, flat, len(given.ids), ids, *formula, results, backend)
     return results
 

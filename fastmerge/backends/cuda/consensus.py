@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..lists import Lists, before, numbers, signed
+from ..lists import Lists, before, words
 from ..rule import SparsifyRule
 from .launch import CODES, NOTHING, compiled, place, ref, table
 from .launch import inputs as inputs_ref
@@ -149,8 +149,8 @@ class _Table:
         part = part_of(int(lists.lengths.sum()))
         counts = (lists.lengths + (part - 1)) // part
         parts = int(counts.sum())
-        ids = numbers([signed(number) for number in lists.tensor_ids])
-        columns = [lists.lengths, lists.base_addresses, lists.out_addresses, ids, before(counts), before(lists.blocks)]
+        addresses, ids = [lists.base_addresses, lists.out_addresses], words(lists.tensor_ids)
+        columns = [lists.lengths, *addresses, ids, before(counts), before(lists.blocks)]
         rows = torch.cat((torch.stack(columns, dim=1), lists.model_addresses), dim=1).flatten()
         there = table(torch.cat((rows, counts)), lists.device)
         # Each tensor's number as often as it has parts; told how many that are, nothing waits for the GPU.

@@ -17,7 +17,7 @@ from ...reference.select import hashed_mask
 from ..lists import Lists, addresses, before
 from ..rule import TIE_BLOCK
 from . import launch
-from .launch import CODES, NOTHING, address, compiled, place, ref
+from .launch import CODES, NOTHING, Ref, address, compiled, place, ref
 
 __all__ = [
     "abs_histogram",
@@ -99,14 +99,16 @@ class _Work:
             rows = _rows(models_at, bases_at, lengths, each, before(each), torch.arange(len(tensors)))
             rows[:, n : 3 * n] = torch.tensor(numbers)
             there = launch.table(torch.cat((_tensor_of(each), rows.flatten())), tensors[0][0].device)
+        # The address of one without elements would say that there is none.
+        base = NOTHING if bases is None else ref(max(bases, key=Tensor.numel))
         return cls.described_by(
-            bases, tensors[0], numbers[0], there, len(tensors), sum(blocks), kind, compute, together=together
+            base, tensors[0], numbers[0], there, len(tensors), sum(blocks), kind, compute, together=together
         )
 
     @classmethod
     def described_by(
         cls,
-        bases: Sequence[Tensor] | None,
+        base: Ref,
         models: Sequence[Tensor],
         numbers: Sequence[int],
         there: Tensor | None,
@@ -118,16 +120,18 @@ class _Work:
         together: bool = False,
         blocks_results: int | None = None,
     ) -> _Work:
-        """So many tensors with a table; or the only one, `models`, without. blocks_results: where results have more."""
+        """So many tensors with a table, of whose base only the dtype counts; or the only one, `models`, without.
+
+        blocks_results: where results have more.
+        """
         if len(models) > compiled.MOST_MODELS:
             raise BackendError(
                 f"the cuda backend takes up to {compiled.MOST_MODELS} models at once, not {len(models)}; "
                 'use backend="triton".'
             )
         described = compiled.Work(
-            # The address of one without elements would say that there is none.
-            NOTHING if bases is None else ref(max(bases, key=Tensor.numel)),
-            bases is not None,
+            base,
+            base != NOTHING,
             [ref(x) for x in models],
             models[0].numel(),
             CODES[compute],
@@ -253,6 +257,7 @@ def magnitude_bounds_many(
     bases = lists.base if subtract else None
     models = [model[0] for model in lists.models]
     kind = _kind(bases[0] if bases else None, models, compute)
+    base = (1, CODES[bases[0].dtype]) if bases else NOTHING
     blocks = int(lists.blocks.sum())
     bounds = torch.empty(lists.tensors, n, 2, 2, dtype=torch.int64, device=device)
     ties_before = torch.empty(n, 2, blocks, dtype=torch.int64, device=device)
@@ -264,7 +269,7 @@ def magnitude_bounds_many(
         if not lists.kept:
             table = launch.table(table, device)
         work = _Work.described_by(
-            bases, models, [0] * (2 * n), table, part.tensors, part.blocks, kind, compute, blocks_results=blocks
+            base, models, [0] * (2 * n), table, part.tensors, part.blocks, kind, compute, blocks_results=blocks
         )
         if part.small:
             compiled.bounds_of_small(work.place, work.described, address(bounds), address(ties_before))

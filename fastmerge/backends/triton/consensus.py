@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._triton import consensus as kernels
-from ..lists import Lists, before, multiple_of, numbers, signed
+from ..lists import Lists, before, multiple_of, signed, words
 from ..rule import TIE_BLOCK, SparsifyRule
 from .launch import CODES, block, flat, float_bits, launch, table, tiles
 from .sparsify import BY_VALUE, METHODS, PIECE, TYPES, Given, alignment, decided, padded, usable
@@ -249,10 +249,10 @@ class _Table:
         counts = (lists.lengths + (span - 1)) // span
         programs = int(counts.sum())
         # A word's key is the seed, its high half mixed with that of the tensor's number.
-        high = numbers([signed(number & 0xFFFFFFFF00000000) for number in lists.tensor_ids])
-        low = numbers([number & 0xFFFFFFFF for number in lists.tensor_ids])
+        ids = words(lists.tensor_ids)
+        low = ids & 0xFFFFFFFF
         addressed = lists.base_addresses, lists.out_addresses, lists.model_addresses
-        columns = [before(counts), lists.lengths, high, low, before(lists.blocks), *addressed[:2]]
+        columns = [before(counts), lists.lengths, ids - low, low, before(lists.blocks), *addressed[:2]]
         rows = torch.cat((torch.stack(columns, dim=1), lists.model_addresses), dim=1)
         there = table(torch.cat((rows.flatten(), counts)), lists.device)
         # Each tensor's number as often as it has programs; told how many that are, nothing waits for the GPU.
