@@ -214,6 +214,30 @@ FM_DEVICE void load_members(const Part& part, int32_t first, int32_t n, bool has
     }
 }
 
+// Calls use(member, values) with what takes part of each model's delta, in the models' order; base: the base's values.
+template <bool kGeneral, class Use>
+FM_DEVICE void each_delta(const Merge& merge, const Part& part, int32_t at, float* base, const Use& use) {
+    constexpr int kGroup = kGeneral ? 2 : 4;  // models that are loaded together
+    int32_t n = merge.models.count;
+    bool has_base = subtracts(merge) || adds(merge);
+    for (int32_t first = 0; first < n; first += kGroup) {
+        Raw<kGeneral> raw[kGroup], raw_base;
+        load_members<kGroup, kGeneral>(part, first, n, has_base && first == 0, at, raw, raw_base);
+        if (has_base && first == 0) widen_base(merge, part, raw_base, base);
+        int32_t count = n - first < kGroup ? n - first : kGroup;
+        uint64_t bits = decided_bits(merge, part, first, count, at);
+        FM_UNROLL
+        for (int j = 0; j < kGroup; ++j) {
+            if (j >= count) continue;
+            const Member& member = part.member[first + j];
+            float values[kEach];
+            widen_raw<kGeneral>(raw[j], member.dtype, values);
+            sparsify8<kGeneral>(merge, part, member, static_cast<uint32_t>(bits >> (8 * j)), at, base, values);
+            use(member, values);
+        }
+    }
+}
+
 // --- the usual merge
 //
 // Up to four models of 16 bits, elected by their weighted deltas and divided by the weights, all positive, or the
@@ -279,35 +303,20 @@ merge_kernel(FM_LARGE Merge merge) {
 template <bool kGeneral>
 FM_KERNEL_RESIDENT(kThreads, 2)
 sum_kernel(FM_LARGE Merge merge) {
-    constexpr int kGroup = kGeneral ? 2 : 4;  // models that are loaded together
     Part& part = shared<Part>();
     open_part(merge, part);
     const Formula& formula = merge.formula;
-    int32_t n = merge.models.count, compute = merge.models.compute;
-    bool has_base = subtracts(merge) || adds(merge);
+    int32_t compute = merge.models.compute;
     for (int32_t at = thread() * kEach; at < part.length; at += kTile) {
         float base[kEach], mixed[kEach];
         FM_UNROLL
         for (int t = 0; t < kEach; ++t) mixed[t] = -0.0f;  // to which adding is exact for every value
-        for (int32_t first = 0; first < n; first += kGroup) {
-            Raw<kGeneral> raw[kGroup], raw_base;
-            load_members<kGroup, kGeneral>(part, first, n, has_base && first == 0, at, raw, raw_base);
-            if (has_base && first == 0) widen_base(merge, part, raw_base, base);
-            int32_t count = n - first < kGroup ? n - first : kGroup;
-            uint64_t bits = decided_bits(merge, part, first, count, at);
+        each_delta<kGeneral>(merge, part, at, base, [&](const Member& member, float* values) {
+            multiply8(member.weight, values);
+            if (kGeneral) round8(compute, values);
             FM_UNROLL
-            for (int j = 0; j < kGroup; ++j) {
-                if (j >= count) continue;
-                const Member& member = part.member[first + j];
-                float values[kEach];
-                widen_raw<kGeneral>(raw[j], member.dtype, values);
-                sparsify8<kGeneral>(merge, part, member, static_cast<uint32_t>(bits >> (8 * j)), at, base, values);
-                multiply8(member.weight, values);
-                if (kGeneral) round8(compute, values);
-                FM_UNROLL
-                for (int t = 0; t < kEach; ++t) mixed[t] = mixed[t] + values[t];
-            }
-        }
+            for (int t = 0; t < kEach; ++t) mixed[t] = mixed[t] + values[t];
+        });
         if (kGeneral) round8(compute, mixed);
         if (formula.divisor != kDivideNone) {
             FM_UNROLL
@@ -326,12 +335,10 @@ sum_kernel(FM_LARGE Merge merge) {
 template <bool kGeneral>
 FM_KERNEL_RESIDENT(kThreads, 2)
 merge_signs_kernel(FM_LARGE Merge merge) {
-    constexpr int kGroup = kGeneral ? 2 : 4;  // models that are loaded together
     Part& part = shared<Part>();
     open_part(merge, part);
     const Formula& formula = merge.formula;
-    int32_t n = merge.models.count, compute = merge.models.compute;
-    bool has_base = subtracts(merge) || adds(merge);
+    int32_t compute = merge.models.compute;
     bool weighted = formula.election == kElectWeighted, frequency = formula.election == kElectFrequency;
     for (int32_t at = thread() * kEach; at < part.length; at += kTile) {
         float base[kEach], votes[kEach];
@@ -340,34 +347,22 @@ merge_signs_kernel(FM_LARGE Merge merge) {
         for (int t = 0; t < kEach; ++t) {
             votes[t] = above[t] = above_share[t] = below[t] = below_share[t] = 0.0f;
         }
-        for (int32_t first = 0; first < n; first += kGroup) {
-            Raw<kGeneral> raw[kGroup], raw_base;
-            load_members<kGroup, kGeneral>(part, first, n, has_base && first == 0, at, raw, raw_base);
-            if (has_base && first == 0) widen_base(merge, part, raw_base, base);
-            int32_t count = n - first < kGroup ? n - first : kGroup;
-            uint64_t bits = decided_bits(merge, part, first, count, at);
+        each_delta<kGeneral>(merge, part, at, base, [&](const Member& member, const float* values) {
+            float terms[kEach], share = share_of(formula, member);
             FM_UNROLL
-            for (int j = 0; j < kGroup; ++j) {
-                if (j >= count) continue;
-                const Member& member = part.member[first + j];
-                float values[kEach], terms[kEach], share = share_of(formula, member);
-                widen_raw<kGeneral>(raw[j], member.dtype, values);
-                sparsify8<kGeneral>(merge, part, member, static_cast<uint32_t>(bits >> (8 * j)), at, base, values);
-                FM_UNROLL
-                for (int t = 0; t < kEach; ++t) terms[t] = values[t] * member.weight;
-                if (kGeneral) round8(compute, terms);
-                FM_UNROLL
-                for (int t = 0; t < kEach; ++t) {
-                    float voter = weighted ? terms[t] : values[t];
-                    bool positive = voter > 0.0f, negative = voter < 0.0f;
-                    votes[t] = votes[t] + (frequency ? sign_of(voter) : voter);
-                    above[t] = above[t] + (positive ? terms[t] : 0.0f);
-                    below[t] = below[t] + (negative ? terms[t] : 0.0f);
-                    above_share[t] = above_share[t] + (positive ? share : 0.0f);
-                    below_share[t] = below_share[t] + (negative ? share : 0.0f);
-                }
+            for (int t = 0; t < kEach; ++t) terms[t] = values[t] * member.weight;
+            if (kGeneral) round8(compute, terms);
+            FM_UNROLL
+            for (int t = 0; t < kEach; ++t) {
+                float voter = weighted ? terms[t] : values[t];
+                bool positive = voter > 0.0f, negative = voter < 0.0f;
+                votes[t] = votes[t] + (frequency ? sign_of(voter) : voter);
+                above[t] = above[t] + (positive ? terms[t] : 0.0f);
+                below[t] = below[t] + (negative ? terms[t] : 0.0f);
+                above_share[t] = above_share[t] + (positive ? share : 0.0f);
+                below_share[t] = below_share[t] + (negative ? share : 0.0f);
             }
-        }
+        });
         FM_UNROLL
         for (int t = 0; t < kEach; ++t) {
             float elected = elected_sign(votes[t], formula.zero_sign);

@@ -24,10 +24,12 @@ import torch
 from fastmerge import ops
 from fastmerge.backends.rule import SparsifyRule
 from fastmerge.engine.buffers import Arena, Block, Event, aligned
+from fastmerge.engine.cutting import AHEAD_BYTES, PIECE_SLACK
 from fastmerge.engine.device import COMPUTE, UP, Device, HostDevice, host_backend
 from fastmerge.engine.gathering import Gathering
+from fastmerge.engine.jobs import Job, Load
 from fastmerge.engine.nonfinite import Counts, Nonfinite, OnNonfinite
-from fastmerge.engine.plan import AHEAD_BYTES, PIECE_SLACK, Job, Load, Plan
+from fastmerge.engine.plan import Plan
 from fastmerge.engine.reader import Reader
 from fastmerge.engine.report import copy_bandwidth
 from fastmerge.engine.sinks import DictSink, Sink

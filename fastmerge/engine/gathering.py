@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastmerge.engine.plan import Job
+from fastmerge.engine.jobs import Job
 from fastmerge.methods.base import Chunk, Statistic
 
 

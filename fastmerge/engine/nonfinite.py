@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 
 from fastmerge import ops
+from fastmerge.engine.jobs import READ_BYTES, Load
 from fastmerge.engine.matching import Input
-from fastmerge.engine.plan import READ_BYTES, Load
 from fastmerge.engine.sources import TORCH_DTYPES, StateDictSource
 from fastmerge.errors import MergeError
 

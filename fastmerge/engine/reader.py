@@ -8,9 +8,10 @@ import torch
 
 from fastmerge.engine.buffers import Block, Event, aligned
 from fastmerge.engine.device import UP, Device
+from fastmerge.engine.jobs import READ_BYTES, Job, Load
 from fastmerge.engine.matching import Input
 from fastmerge.engine.nonfinite import Nonfinite
-from fastmerge.engine.plan import READ_BYTES, Job, Load, Plan
+from fastmerge.engine.plan import Plan
 from fastmerge.engine.sources import TORCH_DTYPES, StateDictSource
 from fastmerge.engine.staging import Landing, Staging
 

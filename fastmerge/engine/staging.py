@@ -16,7 +16,7 @@ import torch
 
 from fastmerge.engine.buffers import Arena, Block, Event, Ring
 from fastmerge.engine.device import COMPUTE, DOWN, UP, Device
-from fastmerge.engine.plan import GpuShare
+from fastmerge.engine.jobs import GpuShare
 
 
 class Landing:

@@ -12,6 +12,9 @@ from typing import Any
 
 import adversarial
 import gpu
+import gpu_ops
+import gpu_pcb
+import gpu_rows
 import pytest
 import report
 import torch
@@ -21,7 +24,10 @@ from fastmerge import backends, ops
 SCRIPT = Path(gpu.__file__)
 CHECK = SCRIPT.with_name("gpu_check.sh")
 MOST_SECONDS = 540
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="kernels are compiled here, not interpreted; bench/gpu_check.sh runs here without --dry-run",
+)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -30,10 +36,10 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": root, "PYTHON": sys.executable, "TRITON_INTERPRET": "1", **more}
 
 
-def bench(tmp_path: Path, **given: Any) -> gpu.Bench:
+def bench(tmp_path: Path, **given: Any) -> gpu_rows.Bench:
     backend = backends.name_of(backends.resolve("auto"))
-    made = gpu.Bench("cpu", backend, 3000, 1, (2, 3), tmp_path, **given)
-    gpu.limits(made)
+    made = gpu_rows.Bench("cpu", backend, 3000, 1, (2, 3), tmp_path, **given)
+    gpu_rows.limits(made)
     return made
 
 
@@ -81,10 +87,10 @@ def test_a_wrong_result_has_no_figure(tmp_path: Path, monkeypatch: pytest.Monkey
     made = bench(tmp_path)
     right = ops.abs_histogram
     monkeypatch.setattr(ops, "abs_histogram", lambda x, backend: right(x, backend=backend) + (backend == made.backend))
-    monkeypatch.setattr(gpu, "on_host", lambda run: run("reference"))
+    monkeypatch.setattr(gpu_ops, "on_host", lambda run: run("reference"))
     if made.backend == "reference":
-        pytest.skip("there is no other backend than the reference")
-    for row in gpu.histogram(made):
+        pytest.skip("there is no backend but the reference, with which it would be compared")
+    for row in gpu_ops.histogram(made):
         assert "are not the reference's" in row["problem"]
         assert "seconds" not in row and "RED" in gpu.render(row)
 
@@ -92,7 +98,7 @@ def test_a_wrong_result_has_no_figure(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_one_part_cannot_do_does_not_cost_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(made: gpu.Bench) -> Any:
+    def broken(made: gpu_rows.Bench) -> Any:
         raise RuntimeError("no such kernel")
         yield
 
@@ -106,11 +112,11 @@ def test_what_one_part_cannot_do_does_not_cost_the_others(
     assert "skipped: kth" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("variant", gpu.CLIPPED)
+@pytest.mark.parametrize("variant", gpu_pcb.CLIPPED)
 def test_the_eager_formula_is_that_of_pcb_merging(variant: str) -> None:
     rows = torch.stack([adversarial.values("normal", torch.float32, 5000, seed) for seed in range(4)]) * 1e-2
-    expected = ops.pcb_merge(rows, variant=variant, density=gpu.PCB_DENSITY)
-    actual = gpu.eager_pcb(rows, variant)
+    expected = ops.pcb_merge(rows, variant=variant, density=gpu_rows.PCB_DENSITY)
+    actual = gpu_pcb.eager_pcb(rows, variant)
     far = (actual - expected).abs() > 1e-4 * expected.abs().max()
     assert int(far.sum()) <= 5
 

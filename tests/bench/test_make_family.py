@@ -111,7 +111,7 @@ def test_fastmerge_accepts_the_family(family, tmp_path):
 
 
 def test_the_peer_accepts_the_family(family, tmp_path):
-    peer = pytest.importorskip("mergekit.scripts.run_yaml")
+    peer = pytest.importorskip("mergekit.scripts.run_yaml", reason="no mergekit (the extra `peers`) to accept it")
     arguments = [str(config(family, tmp_path / "config.yml")), str(tmp_path / "out"), "--quiet"]
     peer.main(arguments, standalone_mode=False)
     assert set(read(tmp_path / "out")) == set(read(family.base))

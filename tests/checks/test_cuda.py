@@ -8,7 +8,9 @@ import pytest
 
 from checks import cuda
 
-needs_nvcc = pytest.mark.skipif(cuda.nvcc() is None, reason="no nvcc")
+needs_nvcc = pytest.mark.skipif(
+    cuda.nvcc() is None, reason="no nvcc; tests/cuda runs the same sources in the emulator, which knows no registers"
+)
 
 LOG = """
 ptxas info    : 0 bytes gmem

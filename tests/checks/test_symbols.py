@@ -10,7 +10,8 @@ from checks import symbols
 
 COMPILER = shutil.which("g++") or shutil.which("c++")
 pytestmark = pytest.mark.skipif(
-    COMPILER is None or shutil.which("nm") is None, reason="needs a C++ compiler and nm, to make and read objects"
+    COMPILER is None or shutil.which("nm") is None,
+    reason="no C++ compiler or no nm, to make and read objects; without them nothing is built either",
 )
 
 SHARED = "inline int twice(int x) { return 2 * x; }\nint {}(int x) { return twice(x); }"

@@ -142,14 +142,14 @@ class TestMeasuring:
 
     def test_tritons_interpreter_is_measured_only_if_it_is_named(self) -> None:
         if not measuring.interpreted("triton") or backends.reason("triton"):
-            pytest.skip("there is no interpreter of Triton here")
+            pytest.skip("Triton interprets nothing here; bench/gpu.py tells launches on a GPU")
         assert "triton" not in measuring.backends_of("cpu")
         assert measuring.backends_of("cpu", "triton") == ["triton"]
 
     @pytest.mark.parametrize("case", measuring.CASES, ids=lambda case: f"{case.op} {case.detail}".strip())
     def test_triton_takes_the_passes_that_are_counted(self, case: measuring.Case) -> None:
         if not measuring.interpreted("triton") or backends.reason("triton"):
-            pytest.skip("there is no interpreter of Triton here")
+            pytest.skip("Triton interprets nothing here; bench/gpu.py tells launches on a GPU")
         from fastmerge.backends.triton.launch import launched
 
         before = launched["count_digit"]

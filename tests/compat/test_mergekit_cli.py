@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from tests.compat.mergekit_peer import tied_positions
 
-pytest.importorskip("mergekit")
+pytest.importorskip("mergekit", reason="no mergekit (the extra `peers`); tests/methods has each method's formula")
 
 LAYERS = 3
 MODELS = 3

@@ -26,7 +26,7 @@ from tests.compat.mergekit_peer import (
     tied_positions,
 )
 
-pytest.importorskip("mergekit")
+pytest.importorskip("mergekit", reason="no mergekit (the extra `peers`); tests/methods has each method's formula")
 
 SIGMAS = 4.0
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fastmerge.engine.config import load_config
 from fastmerge.engine.parameters import ParameterTable, count_layers, layer_stack, resolve
 
-pytest.importorskip("mergekit")
+pytest.importorskip("mergekit", reason="no mergekit (the extra `peers`); tests/engine has each rule of parameters")
 
 from mergekit.architecture.json_definitions import NAME_TO_ARCH
 from mergekit.common import ModelReference

@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastmerge import backends
 from tests.ops.running import FAST
 
-needs_cuda = pytest.mark.skipif("cuda" not in FAST, reason="neither a GPU nor the emulator (FASTMERGE_CUDA_EMULATED=1)")
+needs_cuda = pytest.mark.skipif(
+    "cuda" not in FAST,
+    reason=f"no cuda backend here; tests/ops holds the others to the same: {backends.reason('cuda')}",
+)
 
 both_orders = pytest.mark.parametrize("order", ["forward", "reverse"])
 """In which the emulator runs blocks and threads: what a race would change."""

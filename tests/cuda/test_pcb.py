@@ -9,28 +9,35 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmerge import ops
+from fastmerge import backends, ops
 from fastmerge.backends.rule import PcbRule
 from fastmerge.errors import BackendError
 from fastmerge.reference import pcb as reference
+from tests.cuda.running import unaligned
 from tests.numeric import assert_bitwise_equal
+from tests.pcb_kernels import (
+    check_keys_at_ranks,
+    check_scores_that_are_alike,
+    check_sums_that_are_far_apart,
+    each_alike,
+    each_variant,
+    each_whole,
+    results_of,
+)
 from tests.strategies import DTYPES
 
-launch = pytest.importorskip("fastmerge.backends.cuda.launch", exc_type=ImportError)
-pcb = pytest.importorskip("fastmerge.backends.cuda.pcb", exc_type=ImportError)
+if backends.reason("cuda") is not None:
+    pytest.skip(
+        f"no cuda backend here; tests/ops holds the others to the same: {backends.reason('cuda')}",
+        allow_module_level=True,
+    )
+
+from fastmerge.backends.cuda import launch, pcb
 
 pytestmark = [
     pytest.mark.skipif(not launch.EMULATED, reason="tests/gpu has the tests that run on a GPU"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
-
-each_variant = pytest.mark.parametrize("variant", ("script", "vision", "vision_es", "paper"))
-
-
-def from_byte(shift: int, x: Tensor) -> Tensor:
-    """The same numbers, from byte `shift` of some memory on."""
-    memory = bytearray(shift) + bytearray(x.view(torch.uint8).numpy().tobytes())
-    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=shift)
 
 
 def models(n: int, count: int, mixed: bool = False, odd: bool = False) -> tuple[Tensor, list[Tensor]]:
@@ -40,21 +47,7 @@ def models(n: int, count: int, mixed: bool = False, odd: bool = False) -> tuple[
     rows = [base + 0.1 * torch.randn(count, generator=generator) for _ in range(n)]
     rows = [x.to(DTYPES[i % 3] if mixed else torch.bfloat16) for i, x in enumerate(rows)]
     base = base.bfloat16()
-    return (from_byte(5, base), [from_byte(1 + i, x) for i, x in enumerate(rows)]) if odd else (base, rows)
-
-
-def found(by: Any, base: Tensor | None, rows: list[Tensor], rule: PcbRule, low: list[int]) -> list[Tensor]:
-    """What all kernels of one backend make of these rows."""
-    n, count = len(rows), rows[0].numel()
-    counts, highest = torch.zeros(n, 301, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
-    by.pcb_window_(base, rows, rule, low, counts, highest)
-    out, scale = torch.empty(count + 1, dtype=torch.float16)[1:], torch.empty(n, count)
-    by.pcb_apply(base, rows, rule, [0.3, -1.0, 2.0, 1.0][: min(n, 4)] + [0.7] * (n - 4), out, scale)
-    results = [counts, highest, out, scale, by.pcb_scores(base, rows, rule)]
-    results.append(by.pcb_histogram(base, rows, rule, [-1, low[-1] >> 16, *[-1] * n][:n]))
-    if rule.variant == "paper":
-        results += [by.pcb_extremes(base, rows), by.pcb_sums(base, rows, rule)]
-    return results
+    return (unaligned(base, 5), [unaligned(x, 1 + i) for i, x in enumerate(rows)]) if odd else (base, rows)
 
 
 @each_variant
@@ -69,7 +62,8 @@ def test_few_rows_and_more(variant: str, n: int, monkeypatch: pytest.MonkeyPatch
     rule = ops.pcb_rule(rows, base=base, variant=variant, density=0.3, backend="reference")
     assert rule.thresholds is not None
     low = [max(0, int(key) - 150) for key in ops.score_keys(rule.thresholds[:, 0].contiguous())]
-    for got, expected in zip(found(pcb, base, rows, rule, low), found(reference, base, rows, rule, low), strict=True):
+    actual, wanted = (results_of(by, base, rows, rule, low, odd=True) for by in (pcb, reference))
+    for got, expected in zip(actual, wanted, strict=True):
         assert_bitwise_equal(got, expected)
 
 
@@ -89,38 +83,15 @@ def test_as_many_rows_as_one_launch_takes(variant: str) -> None:
         pcb.pcb_scores(None, [*rows, rows[0]], rule)
 
 
-@pytest.mark.parametrize("kind", ["equal", "zero", "two", "nan"])
+@each_alike
 def test_scores_that_are_alike_are_all_counted(kind: str) -> None:
     """What a warp has in common is added at once."""
-    x = torch.linspace(0.5, 1.0, 1100)
-    rows = {
-        "equal": [torch.ones(1100), torch.ones(1100)],
-        "zero": [torch.where(x < 0.95, 0.0, x), torch.where(x < 0.9, 0.0, -x)],
-        "two": [(x > 0.7).float(), (x > 0.8).float() - 2],
-        "nan": [torch.where(x < 0.7, math.nan, x), x],
-    }[kind]
-    rule = PcbRule("vision_es", clip=torch.tensor([[0.25, 1.0]] * 2))
-    keys = ops.score_keys(ops.pcb_scores(None, rows, rule, backend="reference"))
-    for low in [[int(row.mode().values) - 3 for row in keys], [int(row.max()) for row in keys], [1 << 31, 0]]:
-        counted = []
-        for by in (pcb, reference):
-            counts, highest = torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-            by.pcb_window_(None, rows, rule, [max(0, key) for key in low], counts, highest)
-            histogram = by.pcb_histogram(None, rows, rule, [-1, max(0, low[1]) >> 16])
-            counted.append((counts, highest, histogram))
-        for got, expected in zip(*counted, strict=True):
-            assert_bitwise_equal(got, expected)
+    check_scores_that_are_alike(pcb, kind)
 
 
 @pytest.mark.parametrize("n", [2, 20])
 def test_sums_of_exponentials_that_are_far_apart(n: int) -> None:
-    """More than 26 binades of one another, denormals among them, and what is not finite left out."""
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randn(700, generator=generator) for _ in range(n)]
-    rows[1][5] = math.inf
-    extremes = torch.tensor([[0.0, 0.05], [-0.01, 0.02], [3.0, 2.0]]).repeat(n * (n + 1) // 6, 1)
-    rule = PcbRule("paper", extremes=extremes)
-    assert_bitwise_equal(pcb.pcb_sums(None, rows, rule), reference.pcb_sums(None, rows, rule))
+    check_sums_that_are_far_apart(pcb, n)
 
 
 def test_extremes_without_a_number_and_of_zeros() -> None:
@@ -135,20 +106,6 @@ def test_extremes_without_a_number_and_of_zeros() -> None:
 # -- ranks of whole rows ----------------------------------------------------------------------------------------------
 
 
-def whole_rows(kind: str, n: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(n)
-    rows = [0.1 * torch.randn(9000, generator=generator) for _ in range(n)]
-    if kind == "coarse":
-        rows = [(x * 30).round() / 32 for x in rows]
-    elif kind == "sparse":
-        rows = [torch.where(torch.rand(9000, generator=generator) < 0.9, 0.0, x) for x in rows]
-    elif kind == "nan":
-        rows[0][:4500] = math.nan
-    elif kind == "equal":
-        rows[0][:] = 0.5
-    return rows
-
-
 WAYS = {
     "sorted": {"_SORTED": 9000},
     "halves": {"_SORTED": 0},
@@ -158,41 +115,14 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    ("variant", "kind", "n"),
-    [
-        ("script", "normal", 2),
-        ("vision_es", "coarse", 2),
-        ("vision", "sparse", 3),
-        ("nlp", "nan", 2),
-        ("paper", "normal", 2),
-        ("paper", "equal", 2),
-        ("script", "sparse", 9),
-    ],
-)
+@each_whole
 def test_keys_at_ranks_of_whole_rows(
     variant: str, kind: str, n: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one sweep where a sample helps, in two more where it does not: what sorting finds, however rows are cut."""
-    rows = whole_rows(kind, n)
-    rule = ops.pcb_rule(rows, variant=variant, backend="reference")
-    scores = ops.score_keys(reference.pcb_scores(None, rows, rule)).sort(dim=1, descending=True).values
-    chunks = [(None, [x[start:stop] for x in rows]) for start, stop in ((0, 4000), (4000, 4001), (4001, 9000))]
+    """In one sweep where a sample helps, in two more where it does not."""
     for name, value in WAYS[way].items():
         monkeypatch.setattr(pcb, name, value)
-    missing: list[int] = []
-    original = pcb._among_collected
-
-    def watched(*arguments: Any) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = original(*arguments)
-        missing.append(int(result[1]))
-        return result
-
-    monkeypatch.setattr(pcb, "_among_collected", watched)
-    for ranks in ([900 + i for i in range(n)], [1] * n, [9000] * n):
-        keys, highest = pcb.pcb_score_bounds(chunks, rule, ranks)
-        assert keys.tolist() == [row[rank - 1] for row, rank in zip(scores.tolist(), ranks)]
-        assert highest.tolist() == scores[:, 0].tolist()
+    missing = check_keys_at_ranks(pcb, monkeypatch, variant, kind, n, after=lambda: None)
     if way == "sample":
         assert missing == [0, 0, 0]
     elif way == "sample in vain" and kind == "normal":

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fastmerge import backends, ops
 from fastmerge.errors import BackendError
+from tests.cuda.running import needs_cuda
 from tests.numeric import assert_bitwise_equal
 from tests.ops.running import bounds_of_many
 
-pytestmark = pytest.mark.skipif(backends.available()["cuda"] is not None, reason="no CUDA kernels here")
+pytestmark = needs_cuda
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TIE_BLOCK = 65536

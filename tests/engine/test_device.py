@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from fastmerge import methods
 from fastmerge.engine import fresh, staging
-from fastmerge.engine import plan as plan_module
 from fastmerge.engine.buffers import ALIGNMENT, Ring
+from fastmerge.engine.cutting import STATE_BYTES
 from fastmerge.engine.device import CudaDevice, _best, open_device, place_of
 from fastmerge.engine.executor import DictSink, _Execution, execute
 from fastmerge.engine.plan import make_plan
@@ -197,7 +197,7 @@ def test_a_budget_decides_what_is_held_whole(paths: list[Path]) -> None:
         small = plan_checkpoints(config, device="cpu", gpu_memory="100kB")
         large = plan_checkpoints(config, device="cpu", gpu_memory="1GiB", memory_budget="2MiB")
     assert small.passes == 2 and large.passes == 1
-    assert large.gpu is not None and large.gpu.state_bytes >= plan_module.STATE_BYTES
+    assert large.gpu is not None and large.gpu.state_bytes >= STATE_BYTES
 
 
 def test_four_fifths_of_what_is_free_are_taken_if_nothing_is_said(paths: list[Path]) -> None:

@@ -30,7 +30,9 @@ def needs_direct(directory: Path) -> None:
     try:
         os.close(os.open(directory / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
     except OSError as error:
-        pytest.skip(f"this file system takes no direct writes: {error}")
+        pytest.skip(
+            f"this file system takes no direct writes, so that files are written as in the tests without them: {error}"
+        )
 
 
 def write_parts(file: OutputFile, content: bytes, cuts: list[int], head: int) -> None:

@@ -63,8 +63,8 @@ def test_a_tensor_that_is_cut_costs_a_sweep_for_each_statistic(
 def test_large_tensors_are_held_whole_only_if_the_memory_serves_several(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastmerge.engine.plan.HELD_BYTES", 1 << 20)
-    monkeypatch.setattr("fastmerge.engine.plan.CHUNK_ELEMENTS", 1 << 16)
+    monkeypatch.setattr("fastmerge.engine.cutting.HELD_BYTES", 1 << 20)
+    monkeypatch.setattr("fastmerge.engine.cutting.CHUNK_ELEMENTS", 1 << 16)
     for count, sweeps in ((2, 2), (6, 1)):
         base, tuned = family(2, shapes={f"w{i}": (300, 4000) for i in range(count)})
         plan = plan_of(tmp_path / str(count), "ties", base, tuned, parameters={"density": 0.5}, memory_budget="1GiB")

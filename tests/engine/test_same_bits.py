@@ -172,7 +172,7 @@ def test_the_seed_shows(method: str) -> None:
     assert not torch.equal(one[name], other[name])
 
 
-@pytest.mark.skipif(INTERPRETED is None, reason="the interpreter of Triton is not in use")
+@pytest.mark.skipif(INTERPRETED is None, reason="Triton interprets nothing here; tests/gpu merges on a GPU")
 @pytest.mark.parametrize("chunk", [None, 700])
 @pytest.mark.parametrize("method", CASES)
 def test_the_kernels_in_triton(method: str, chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,7 +174,9 @@ def test_any_cut_and_any_number_of_threads_give_the_same_files(
 
 
 def test_transformers_loads_a_sharded_model(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="no transformers; safetensors reads what is written in other tests"
+    )
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )
@@ -539,7 +541,7 @@ def test_a_disk_that_is_really_full_is_a_sentence_and_leaves_nothing(
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no file system can be mounted here: {error}")
+        pytest.skip(f"no file system can be mounted here; other tests imitate a full disk: {error}")
     assert message in result.stdout
     assert result.stdout.startswith("made") == made
     assert result.stdout.endswith("left: []\n")

@@ -20,7 +20,9 @@ def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def _usable(request: pytest.FixtureRequest, _backend: None) -> None:
     """Looks at the mark `gpu`, and at the parameter `device` of the tests that have one."""
     if request.node.get_closest_marker("gpu") is not None and not support.HERE:
-        pytest.skip("no CUDA GPU: torch.cuda.is_available() is False")
+        pytest.skip(
+            "no CUDA GPU: torch.cuda.is_available() is False; what needs none is run by the variant `interpreter`"
+        )
     call = getattr(request.node, "callspec", None)
     if call is not None and call.params.get("device") in ("cuda", "cpu"):
         support.usable(call.params["device"])

@@ -43,7 +43,7 @@ def usable(device: str) -> None:
     if missing is not None:
         pytest.skip(f"{BACKEND}: {missing}")
     if device == "cpu" and HERE:
-        pytest.skip("kernels are compiled here, not interpreted")
+        pytest.skip("kernels are compiled here, not interpreted: the variant `cuda` runs")
 
 
 def moved(given: Any, device: str) -> Any:

@@ -122,7 +122,9 @@ HUGE = {"cuda": 2**31 + 65_537, "cpu": 65_536 + 17}
 def huge(device: str, tensors: int) -> int:
     """Elements, of which so many bfloat16 tensors fit the device."""
     if device == "cuda" and torch.cuda.mem_get_info()[0] < tensors * 2 * HUGE[device] + (2 << 30):
-        pytest.skip(f"needs {tensors * 2 * HUGE[device] / 1e9:.0f} GB of the GPU's memory")
+        pytest.skip(
+            f"needs {tensors * 2 * HUGE[device] / 1e9:.0f} GB of the GPU; tests/ops/test_huge.py needs only a CPU"
+        )
     return HUGE[device]
 
 

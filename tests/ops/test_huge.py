@@ -8,7 +8,10 @@ from fastmerge import backends, ops
 NUMEL = 2**31 + 70001
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(backends.reason("cpu") is not None, reason="the reference backend would take minutes"),
+    pytest.mark.skipif(
+        backends.reason("cpu") is not None,
+        reason="no cpu backend, and the reference would take minutes; tests/gpu has this on a GPU",
+    ),
 ]
 
 

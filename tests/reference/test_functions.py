@@ -19,7 +19,9 @@ BOUNDS = {"exp": 1.0, "tanh": 2.7}
 """In units of the last place, as the docstrings state them."""
 
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
-cpu_needed = pytest.mark.skipif(backends.available()["cpu"] is not None, reason="the cpu backend is not built")
+cpu_needed = pytest.mark.skipif(
+    backends.available()["cpu"] is not None, reason="no cpu backend was built, so there are no instruction sets"
+)
 
 
 def every_binade(signs: tuple[int, ...] = (0, 1)) -> Tensor:

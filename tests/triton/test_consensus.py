@@ -16,7 +16,10 @@ from fastmerge.ops import keep_ties
 from tests.numeric import assert_bitwise_equal, poison_
 
 if backends.available()["triton"] is not None:
-    pytest.skip(f"no triton backend here: {backends.reason('triton')}", allow_module_level=True)
+    pytest.skip(
+        f"no triton backend here; tests/ops holds the others to the same: {backends.reason('triton')}",
+        allow_module_level=True,
+    )
 
 from fastmerge.backends import triton
 from fastmerge.backends.triton import launch

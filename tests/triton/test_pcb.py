@@ -11,17 +11,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmerge import ops
-from fastmerge.backends.rule import PcbRule
-from fastmerge.backends.triton import launch, pcb
+from fastmerge import backends, ops
 from fastmerge.reference import pcb as reference
 from tests.numeric import assert_bitwise_equal
+from tests.pcb_kernels import (
+    check_keys_at_ranks,
+    check_scores_that_are_alike,
+    check_sums_that_are_far_apart,
+    each_alike,
+    each_variant,
+    each_whole,
+    results_of,
+)
 from tests.strategies import DTYPES
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="tests/gpu has the tests that run on a GPU")
+if backends.available()["triton"] is not None:
+    pytest.skip(
+        f"no triton backend here; tests/ops holds the others to the same: {backends.reason('triton')}",
+        allow_module_level=True,
+    )
 
-VARIANTS = ("script", "vision", "vision_es", "paper")
-each_variant = pytest.mark.parametrize("variant", VARIANTS)
+from fastmerge.backends.triton import launch, pcb
+
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="tests/gpu has the tests that run on a GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -42,20 +54,6 @@ def models(n: int, count: int, mixed: bool = False, odd: bool = False) -> tuple[
     return base.bfloat16(), [x.to(dtype)[odd:] for x, dtype in zip(wider, dtypes)]
 
 
-def found(by: Any, base: Tensor | None, rows: list[Tensor], rule: PcbRule, low: list[int]) -> list[Tensor]:
-    """What all kernels of one backend make of these rows."""
-    n, count = len(rows), rows[0].numel()
-    counts, highest = torch.zeros(n, 301, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
-    by.pcb_window_(base, rows, rule, low, counts, highest)
-    out, scale = torch.empty(count, dtype=torch.float16), torch.empty(n, count)
-    by.pcb_apply(base, rows, rule, [0.3, -1.0, 2.0] * (n // 3), out, scale)
-    results = [counts, highest, out, scale, by.pcb_scores(base, rows, rule)]
-    results.append(by.pcb_histogram(base, rows, rule, [-1, low[1] >> 16, -1] * (n // 3)))
-    if rule.variant == "paper":
-        results += [by.pcb_extremes(base, rows), by.pcb_sums(base, rows, rule)]
-    return results
-
-
 @each_variant
 @pytest.mark.parametrize("form", ["3", "9", "9 mixed", "9 odd", "9 without base", "3 odd"])
 def test_rows_by_value_and_in_tables(variant: str, form: str) -> None:
@@ -66,58 +64,23 @@ def test_rows_by_value_and_in_tables(variant: str, form: str) -> None:
     assert rule.thresholds is not None
     low = [int(key) - 150 for key in ops.score_keys(rule.thresholds[:, 0].contiguous())]
     launch.launched.clear()
-    actual = found(pcb, base, rows, rule, low)
+    actual = results_of(pcb, base, rows, rule, low, odd="odd" in form)
     assert launch.launched["pcb_scores"] == launch.launched["pcb_apply"] == launch.launched["pcb_window"] == 1
-    for got, expected in zip(actual, found(reference, base, rows, rule, low), strict=True):
+    for got, expected in zip(actual, results_of(reference, base, rows, rule, low, odd="odd" in form), strict=True):
         assert_bitwise_equal(got, expected)
 
 
-@pytest.mark.parametrize("kind", ["equal", "zero", "two", "nan"])
+@each_alike
 def test_scores_that_are_alike_are_all_counted(kind: str) -> None:
     """What fills a tile is added up before it is counted."""
-    x = torch.linspace(0.5, 1.0, 1100)
-    rows = {
-        "equal": [torch.ones(1100), torch.ones(1100)],
-        "zero": [torch.where(x < 0.95, 0.0, x), torch.where(x < 0.9, 0.0, -x)],
-        "two": [(x > 0.7).float(), (x > 0.8).float() - 2],
-        "nan": [torch.where(x < 0.7, math.nan, x), x],
-    }[kind]
-    rule = PcbRule("vision_es", clip=torch.tensor([[0.25, 1.0]] * 2))
-    keys = ops.score_keys(ops.pcb_scores(None, rows, rule, backend="reference"))
-    for low in [[int(row.mode().values) - 3 for row in keys], [int(row.max()) for row in keys], [1 << 31, 0]]:
-        counted = []
-        for by in (pcb, reference):
-            counts, highest = torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-            by.pcb_window_(None, rows, rule, [max(0, key) for key in low], counts, highest)
-            histogram = by.pcb_histogram(None, rows, rule, [-1, max(0, low[1]) >> 16])
-            counted.append((counts, highest, histogram))
-        for got, expected in zip(*counted, strict=True):
-            assert_bitwise_equal(got, expected)
+    check_scores_that_are_alike(pcb, kind)
 
 
 def test_sums_of_exponentials_that_are_far_apart() -> None:
-    """More than 26 binades of one another, denormals among them, and what is not finite left out."""
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randn(700, generator=generator) for _ in range(2)]
-    rows[1][5] = math.inf
-    extremes = torch.tensor([[0.0, 0.05], [-0.01, 0.02], [3.0, 2.0]])
-    rule = PcbRule("paper", extremes=extremes)
-    assert_bitwise_equal(pcb.pcb_sums(None, rows, rule), reference.pcb_sums(None, rows, rule))
+    check_sums_that_are_far_apart(pcb, 2)
 
 
 # -- ranks of whole rows ----------------------------------------------------------------------------------------------
-
-
-def whole_rows(kind: str, n: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(n)
-    rows = [0.1 * torch.randn(9000, generator=generator) for _ in range(n)]
-    if kind == "coarse":
-        rows = [(x * 30).round() / 32 for x in rows]
-    elif kind == "sparse":
-        rows = [torch.where(torch.rand(9000, generator=generator) < 0.9, 0.0, x) for x in rows]
-    elif kind == "nan":
-        rows[0][:4500] = math.nan
-    return rows
 
 
 @pytest.fixture
@@ -135,42 +98,20 @@ WAYS = {
 
 @pytest.mark.usefixtures("_wide")
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    ("variant", "kind", "n"),
-    [
-        ("script", "normal", 2),
-        ("vision_es", "coarse", 2),
-        ("vision", "sparse", 3),
-        ("nlp", "nan", 2),
-        ("paper", "normal", 2),
-        ("script", "sparse", 9),
-    ],
-)
+@each_whole
 def test_keys_at_ranks_of_whole_rows(
     variant: str, kind: str, n: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one sweep where a sample helps, in four more where it does not: what sorting finds, however rows are cut."""
-    rows = whole_rows(kind, n)
-    rule = ops.pcb_rule(rows, variant=variant, backend="reference")
-    scores = ops.score_keys(reference.pcb_scores(None, rows, rule)).sort(dim=1, descending=True).values
-    chunks = [(None, [x[start:stop] for x in rows]) for start, stop in ((0, 4000), (4000, 4001), (4001, 9000))]
+    """In one sweep where a sample helps, in four more where it does not."""
     for name, value in WAYS[way].items():
         monkeypatch.setattr(pcb, name, value)
-    missing: list[int] = []
-    original = pcb._among_collected
 
-    def watched(*arguments: Any) -> tuple[Tensor, Tensor]:
-        result = original(*arguments)
-        missing.append(int(result[1]))
-        return result
-
-    monkeypatch.setattr(pcb, "_among_collected", watched)
-    for ranks in ([900 + i for i in range(n)], [1] * n, [9000] * n):
-        launch.launched.clear()
-        keys, highest = pcb.pcb_score_bounds(chunks, rule, ranks)
-        assert keys.tolist() == [row[rank - 1] for row, rank in zip(scores.tolist(), ranks)]
-        assert highest.tolist() == scores[:, 0].tolist()
+    def counted() -> None:
         assert launch.launched["pcb_digits"] == (0 if way == "sorted" else 12)
+        launch.launched.clear()
+
+    launch.launched.clear()
+    missing = check_keys_at_ranks(pcb, monkeypatch, variant, kind, n, after=counted)
     if way == "sample":
         assert missing == [0, 0, 0]
     elif way == "sample in vain" and kind == "normal":

@@ -20,7 +20,10 @@ from tests.numeric import assert_bitwise_equal
 from tests.ops import running
 
 if backends.available()["triton"] is not None:
-    pytest.skip(f"no triton backend here: {backends.reason('triton')}", allow_module_level=True)
+    pytest.skip(
+        f"no triton backend here; tests/ops holds the others to the same: {backends.reason('triton')}",
+        allow_module_level=True,
+    )
 
 from fastmerge.backends.triton import launch
 from fastmerge.backends.triton import select as adapter

@@ -17,7 +17,10 @@ from fastmerge.reference import random as reference_random
 from tests.numeric import assert_bitwise_equal, poison_
 
 if backends.available()["triton"] is not None:
-    pytest.skip(f"no triton backend here: {backends.reason('triton')}", allow_module_level=True)
+    pytest.skip(
+        f"no triton backend here; tests/ops holds the others to the same: {backends.reason('triton')}",
+        allow_module_level=True,
+    )
 
 from fastmerge._triton import functions, numbers, random, tables
 from fastmerge.backends.triton.launch import CODES, INTERPRETED, float_bits, launch, table

@@ -9,7 +9,10 @@ from fastmerge import backends, ops
 from tests.numeric import assert_bitwise_equal
 
 if backends.available()["triton"] is not None:
-    pytest.skip(f"no triton backend here: {backends.reason('triton')}", allow_module_level=True)
+    pytest.skip(
+        f"no triton backend here; tests/ops holds the others to the same: {backends.reason('triton')}",
+        allow_module_level=True,
+    )
 
 ZEROS = torch.tensor([0.0, -0.0])
 

@@ -12,7 +12,10 @@ from fastmerge.backends.rule import TIE_BLOCK, SparsifyRule
 from tests.numeric import assert_bitwise_equal
 
 if backends.available()["triton"] is not None:
-    pytest.skip(f"no triton backend here: {backends.reason('triton')}", allow_module_level=True)
+    pytest.skip(
+        f"no triton backend here; tests/ops holds the others to the same: {backends.reason('triton')}",
+        allow_module_level=True,
+    )
 
 from fastmerge.backends import triton
 from fastmerge.backends.triton import launch

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..gpu import for_whole_tensors, rounded
 from ..lists import Lists, before, words
 from ..rule import SparsifyRule
 from .launch import CODES, NOTHING, compiled, place, ref, table
@@ -23,12 +24,6 @@ _ZERO_SIGNS = {"positive": 1.0, "negative": -1.0, "zero": 0.0}
 _Formula = tuple[list[float], list[float], int, int, float, float, float, bool]
 
 
-def _rounded(values: list[float], compute: torch.dtype = torch.float32) -> list[float]:
-    """Numbers rounded to float32, then to `compute`."""
-    numbers: list[float] = torch.tensor(values, dtype=torch.float32).to(compute).tolist()
-    return numbers
-
-
 def _formula(
     weights: list[float],
     scales: list[float],
@@ -40,15 +35,15 @@ def _formula(
     compute: torch.dtype,
 ) -> _Formula:
     """The numbers of a merge, rounded, as kernels take them."""
-    value = _rounded([divisor_value], compute)[0]
+    value = rounded([divisor_value], compute)[0]
     if election == "none" and divisor != "none":
         # Everybody takes part: what is divided by is one number.
         value = float(len(weights)) if divisor == "count" else value
         divisor = "value"
     if divisor == "none":
         value = 1.0
-    weights = _rounded(weights, compute)
-    *factors, factor = _rounded([*scales, lambda_])
+    weights = rounded(weights, compute)
+    *factors, factor = rounded([*scales, lambda_])
     divided_by = weights if divisor == "weights" else [value] if divisor == "value" else []
     zeros_stay = all(0 < number < math.inf for number in divided_by) and math.isfinite(math.fsum(divided_by))
     codes = _ELECTIONS[election], _DIVISORS[divisor], _ZERO_SIGNS[zero_sign]
@@ -108,8 +103,7 @@ def consensus_apply_many(
     take the tensors one by one then.
     """
     lists.need_uniform()
-    if rule.method not in ("none", "band", "bernoulli") or rule.offset:
-        raise ValueError(f"a rule {rule.method!r} is not for many tensors; take them one by one")
+    for_whole_tensors(rule)
     assert lists.out is not None
     base, models, device = lists.base, lists.models, lists.device
     few(len(models))

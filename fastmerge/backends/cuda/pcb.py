@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import BackendError
 from ...reference.pcb import score_keys
+from ..gpu import no_products, pairs, products, sorted_bounds
 from ..rule import L1_LIMBS, PcbRule
 from .launch import Ref, address, compiled, inputs, place, ref, table
 
@@ -25,7 +26,6 @@ __all__ = [
 ]
 
 _VARIANTS = {"script": 0, "nlp": 0, "vision": 1, "vision_es": 2, "paper": 3}
-_INF_ORDERED, _MINUS_INF_ORDERED = 0x7F800000, -0x7F800001
 _HALVES = 1 << 16
 
 _RUN = 64
@@ -41,10 +41,6 @@ _COLLECTED, _LEAST_COLLECTED = 64, 1 << 16
 2**19 elements leaves one in 200 to be."""
 _LEAST, _MOST = -(1 << 31), (1 << 31) - 1
 _Chunks = Iterable[tuple[Tensor | None, list[Tensor]]]
-
-
-def _pairs(models: int) -> int:
-    return models * (models + 1) // 2
 
 
 def _rows(base: Tensor | None, tensors: Sequence[Tensor]) -> tuple[Ref, bool, list[Ref], int]:
@@ -92,17 +88,15 @@ def pcb_histogram(base: Tensor | None, tensors: list[Tensor], rule: PcbRule, pre
 def pcb_extremes(base: Tensor | None, tensors: list[Tensor]) -> Tensor:
     """The least and the greatest product of each pair of deltas; see `fastmerge.ops.pcb_extremes`."""
     rows, device = _rows(base, tensors), tensors[0].device
-    ordered = torch.empty(_pairs(len(tensors)), 2, dtype=torch.int32, device=device)
-    ordered[:, 0].fill_(_INF_ORDERED)
-    ordered[:, 1].fill_(_MINUS_INF_ORDERED)
+    ordered = no_products(len(tensors), device)
     compiled.pcb_extremes(place(device), *rows, ordered.data_ptr())
-    return torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
+    return products(ordered)
 
 
 def pcb_sums(base: Tensor | None, tensors: list[Tensor], rule: PcbRule) -> Tensor:
     """Exact sums of the exponentials that scores are divided by; see `fastmerge.ops.pcb_sums`."""
     rows, device = _rows(base, tensors), tensors[0].device
-    out = torch.zeros(len(tensors) + _pairs(len(tensors)), L1_LIMBS, dtype=torch.int64, device=device)
+    out = torch.zeros(len(tensors) + pairs(len(tensors)), L1_LIMBS, dtype=torch.int64, device=device)
     compiled.pcb_sums(place(device), *rows, _known(rule), out.data_ptr())
     return out
 
@@ -153,8 +147,7 @@ def _capacity(numel: int) -> int:
 def _sorted(chunks: _Chunks, rule: PcbRule, ranks: list[int]) -> tuple[Tensor, Tensor]:
     """The keys at these ranks and the highest ones of rows that are short enough to keep their scores."""
     scores = torch.cat([pcb_scores(base, tensors, rule) for base, tensors in chunks], dim=1)
-    ordered = score_keys(scores).sort(dim=1, descending=True).values
-    return torch.stack([row[rank - 1] for row, rank in zip(ordered, ranks)]), ordered[:, 0]
+    return sorted_bounds(score_keys(scores), ranks)
 
 
 def _descent(chunks: _Chunks, rule: PcbRule, rank: Tensor, highest: Tensor, missing: Tensor | None) -> Tensor:

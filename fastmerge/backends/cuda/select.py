@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...errors import BackendError
 from ...reference.select import hashed_mask
+from ..gpu import bounds_by_group
 from ..lists import Lists, addresses, before
 from ..rule import TIE_BLOCK
 from . import launch
@@ -226,18 +227,11 @@ def magnitude_bounds(
     """The cuts at two ranks of each model's delta; see `fastmerge.ops.magnitude_bounds`."""
     kinds = [_kind(base, [x], compute) for x in tensors]
     groups = [[i for i, kind in enumerate(kinds) if kind == wanted] for wanted in dict.fromkeys(kinds)]
-    parts = [
-        _bounds(base, [tensors[i] for i in group], [first[i] for i in group], [last[i] for i in group], compute)
-        for group in groups
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    where = {model: (part, i) for part, group in enumerate(groups) for i, model in enumerate(group)}
-    order = [where[model] for model in range(len(tensors))]
-    return (
-        torch.stack([parts[part][0][i] for part, i in order]),
-        torch.stack([parts[part][1][i] for part, i in order]),
-    )
+
+    def bounds_of(models: list[Tensor], first: list[int], last: list[int]) -> tuple[Tensor, Tensor]:
+        return _bounds(base, models, first, last, compute)
+
+    return bounds_by_group(bounds_of, groups, tensors, first, last)
 
 
 def magnitude_bounds_many(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._triton import consensus as kernels
+from ..gpu import for_whole_tensors, rounded
 from ..lists import Lists, before, multiple_of, signed, words
 from ..rule import TIE_BLOCK, SparsifyRule
 from .launch import CODES, block, flat, float_bits, launch, table, tiles
@@ -25,12 +26,6 @@ TILES = 4
 _ELECTIONS = {"none": 0, "weighted": 1, "total": 2, "frequency": 3}
 _DIVISORS = {"none": 0, "weights": 1, "count": 2, "value": 3}
 _ZERO_SIGNS = {"positive": 1, "negative": -1, "zero": 0}
-
-
-def _rounded(values: list[float], compute: torch.dtype = torch.float32) -> list[float]:
-    """Numbers rounded to float32, then to `compute`."""
-    numbers: list[float] = torch.tensor(values, dtype=torch.float32).to(compute).tolist()
-    return numbers
 
 
 @dataclass(frozen=True)
@@ -58,13 +53,13 @@ class _Formula:
         compute: torch.dtype,
     ) -> _Formula:
         """That of `consensus_apply` with these arguments."""
-        value = _rounded([divisor_value], compute)[0]
+        value = rounded([divisor_value], compute)[0]
         if election == "none":
             # Everybody takes part: what is divided by is one number.
             value = float(len(weights)) if divisor == "count" else value
             divisor = "none" if divisor == "none" else "value"
             zero_sign = "positive"
-        *factors, factor = _rounded([*scales, lambda_])
+        *factors, factor = rounded([*scales, lambda_])
         size = block(BLOCK)
         constants = {
             "ELECTION": _ELECTIONS[election],
@@ -79,7 +74,7 @@ class _Formula:
             "BLOCK": size,
             "PIECE": min(PIECE, size),
         }
-        return cls(tuple(_rounded(weights, compute)), tuple(factors), value, factor, constants)
+        return cls(tuple(rounded(weights, compute)), tuple(factors), value, factor, constants)
 
 
 def consensus_apply(
@@ -183,8 +178,7 @@ def consensus_apply_many(
     take the tensors one by one then.
     """
     lists.need_uniform()
-    if rule.method not in ("none", "band", "bernoulli") or rule.offset:
-        raise ValueError(f"a rule {rule.method!r} is not for many tensors; take them one by one")
+    for_whole_tensors(rule)
     if len(lists.models) > BY_VALUE:
         _one_by_one(
             lists,

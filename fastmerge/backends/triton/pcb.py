@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..._triton import pcb as kernels
 from ...reference.pcb import score_keys
+from ..gpu import no_products, pairs, products, sorted_bounds
 from ..rule import L1_LIMBS, PcbRule
 from .launch import CODES, INTERPRETED, block, float_bits, launch, table, tiles
 
@@ -35,7 +36,6 @@ _BLOCK = 4096 if INTERPRETED else 128
 """Elements of a tile: one for each thread. In the interpreter a program of many takes as long as one of few."""
 _TILES = 16
 """Tiles of a program: enough that starting one, and what it adds up in the end, does not count."""
-_INF_ORDERED, _MINUS_INF_ORDERED = 0x7F800000, -0x7F800001
 
 _RUN = 64
 """Neighbours that are sampled together."""
@@ -57,10 +57,6 @@ _Chunks = Iterable[tuple[Tensor | None, list[Tensor]]]
 def _shift(models: int) -> float:
     """What is subtracted from n z^2 before exp."""
     return models / 2 if models <= 160 else float(models - 80)
-
-
-def _pairs(models: int) -> int:
-    return models * (models + 1) // 2
 
 
 class _Rows:
@@ -130,17 +126,15 @@ def pcb_histogram(base: Tensor | None, tensors: list[Tensor], rule: PcbRule, pre
 def pcb_extremes(base: Tensor | None, tensors: list[Tensor]) -> Tensor:
     """The least and the greatest product of each pair of deltas; see `fastmerge.ops.pcb_extremes`."""
     rows = _Rows(base, tensors)
-    ordered = torch.empty(_pairs(rows.models), 2, dtype=torch.int32, device=rows.device)
-    ordered[:, 0].fill_(_INF_ORDERED)
-    ordered[:, 1].fill_(_MINUS_INF_ORDERED)
+    ordered = no_products(rows.models, rows.device)
     rows.sweep(kernels.pcb_extremes, rows.models, rows.numel, ordered, longer=4)
-    return torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
+    return products(ordered)
 
 
 def pcb_sums(base: Tensor | None, tensors: list[Tensor], rule: PcbRule) -> Tensor:
     """Exact sums of the exponentials that scores are divided by; see `fastmerge.ops.pcb_sums`."""
     rows = _Rows(base, tensors, by_value=0)
-    sums = rows.models + _pairs(rows.models)
+    sums = rows.models + pairs(rows.models)
     out = torch.zeros(sums, L1_LIMBS, dtype=torch.int64, device=rows.device)
     rows.sweep(
         kernels.pcb_sums, rule.extremes, None, rows.models, _shift(rows.models), rows.numel, out, wider=2, registers=64
@@ -196,8 +190,7 @@ def pcb_score_bounds(
 def _sorted(chunks: _Chunks, rule: PcbRule, ranks: list[int]) -> tuple[Tensor, Tensor]:
     """The keys at these ranks and the highest ones of rows that are short enough to keep their scores."""
     scores = torch.cat([pcb_scores(base, tensors, rule) for base, tensors in chunks], dim=1)
-    ordered = score_keys(scores).sort(dim=1, descending=True).values
-    return torch.stack([row[rank - 1] for row, rank in zip(ordered, ranks)]), ordered[:, 0]
+    return sorted_bounds(score_keys(scores), ranks)
 
 
 def _descent(chunks: _Chunks, rule: PcbRule, rank: Tensor, highest: Tensor, missing: Tensor) -> Tensor:

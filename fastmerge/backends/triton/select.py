@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..._triton import select as kernels
 from ...reference.select import hashed_mask
+from ..gpu import bounds_by_group
 from ..lists import Lists, addresses, before, copied, multiple_of
 from ..rule import TIE_BLOCK
 from .launch import CODES, aligned, block, launch, table, tiles
@@ -276,21 +277,14 @@ def magnitude_bounds(
     """The cuts at two ranks of each model's delta; see `fastmerge.ops.magnitude_bounds`."""
     bases = None if base is None else [base]
     groups = list(_groups(tensors))
-    parts = []
-    for group in groups:
-        models = [tensors[i] for i in group]
-        ranks = [rank for i in group for rank in (first[i], last[i])]
+
+    def bounds_of(models: list[Tensor], first: list[int], last: list[int]) -> tuple[Tensor, Tensor]:
+        ranks = [rank for pair in zip(first, last) for rank in pair]
         kind = _kind(base, models[0].dtype, compute)
-        parts.append(_bounds(_Descent.of(bases, [models], [ranks], kind, compute)))
-    if len(parts) == 1:
-        bounds, ties_before = parts[0]
+        bounds, ties_before = _bounds(_Descent.of(bases, [models], [ranks], kind, compute))
         return bounds[0], ties_before
-    where = {model: (part, i) for part, group in enumerate(groups) for i, model in enumerate(group)}
-    order = [where[model] for model in range(len(tensors))]
-    return (
-        torch.stack([parts[part][0][0, i] for part, i in order]),
-        torch.stack([parts[part][1][i] for part, i in order]),
-    )
+
+    return bounds_by_group(bounds_of, groups, tensors, first, last)
 
 
 def magnitude_bounds_many(

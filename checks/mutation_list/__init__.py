@@ -1,0 +1,14 @@
+"""The mutations that checks/mutations.py tries: a text, what stands in its place, and which tests must notice.
+
+A text has to occur once in its file. A mutation stays a program that runs and computes something else: what does not
+even compile proves nothing.
+"""
+
+from __future__ import annotations
+
+from checks.mutation_list import consensus, pcb, select, shared, sparsify
+from checks.mutation_list.mutation import Mutation
+
+__all__ = ["MUTATIONS", "Mutation"]
+
+MUTATIONS = [mutation for family in (shared, select, sparsify, consensus, pcb) for mutation in family.MUTATIONS]

@@ -1,0 +1,72 @@
+"""What the adapters of both backends for GPUs do on the host in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .rule import SparsifyRule
+
+_BoundsOf = Callable[[list[Tensor], list[int], list[int]], tuple[Tensor, Tensor]]
+_INF_ORDERED, _MINUS_INF_ORDERED = 0x7F800000, -0x7F800001
+
+
+def rounded(values: list[float], compute: torch.dtype = torch.float32) -> list[float]:
+    """Numbers rounded to float32, then to `compute`."""
+    numbers: list[float] = torch.tensor(values, dtype=torch.float32).to(compute).tolist()
+    return numbers
+
+
+def for_whole_tensors(rule: SparsifyRule) -> None:
+    """ValueError where a rule is not one for many whole tensors."""
+    if rule.method not in ("none", "band", "bernoulli") or rule.offset:
+        raise ValueError(f"a rule {rule.method!r} is not for many tensors; take them one by one")
+
+
+def bounds_by_group(
+    bounds_of: _BoundsOf, groups: list[list[int]], tensors: list[Tensor], first: list[int], last: list[int]
+) -> tuple[Tensor, Tensor]:
+    """`magnitude_bounds` of models that are not launched together: what is found of each group, in the models' order.
+
+    groups: the models' places.
+    """
+    parts = [
+        bounds_of([tensors[i] for i in group], [first[i] for i in group], [last[i] for i in group]) for group in groups
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    where = {model: (part, i) for part, group in enumerate(groups) for i, model in enumerate(group)}
+    order = [where[model] for model in range(len(tensors))]
+    return (
+        torch.stack([parts[part][0][i] for part, i in order]),
+        torch.stack([parts[part][1][i] for part, i in order]),
+    )
+
+
+# -- PCB-Merging -----------------------------------------------------------------------------------------------------
+
+
+def pairs(models: int) -> int:
+    """Pairs of models, each with itself included."""
+    return models * (models + 1) // 2
+
+
+def no_products(models: int, device: torch.device) -> Tensor:
+    """The least and the greatest product of each pair before any was seen, int32[pairs, 2] that order as floats do."""
+    ordered = torch.empty(pairs(models), 2, dtype=torch.int32, device=device)
+    ordered[:, 0].fill_(_INF_ORDERED)
+    ordered[:, 1].fill_(_MINUS_INF_ORDERED)
+    return ordered
+
+
+def products(ordered: Tensor) -> Tensor:
+    """As floats what orders as they do."""
+    return torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
+
+
+def sorted_bounds(keys: Tensor, ranks: list[int]) -> tuple[Tensor, Tensor]:
+    """The keys at these ranks, one for each row, and the highest ones."""
+    ordered = keys.sort(dim=1, descending=True).values
+    return torch.stack([row[rank - 1] for row, rank in zip(ordered, ranks)]), ordered[:, 0]
