@@ -401,8 +401,8 @@ def consensus_merge_many(
     return results
 
 
-LOOKED_AT = 1024
-"""How many tensors a prepared merge looks at: all of a model's, but of ten thousand only as many as cost little."""
+LOOKED_AT = 512
+"""How many tensors a prepared merge looks at: as many as cost little, though there may be ten thousand."""
 
 
 class PreparedMerge:
@@ -452,7 +452,7 @@ class PreparedMerge:
         All else is as in `consensus_merge`.
         Returns the tensors that were written to.
         Errors: as for `consensus_merge_many`; ArgumentError where a tensor was resized or moved since. Each call looks
-            at up to 1024 tensors, in turn: at all, if there are no more (`check` always looks at all).
+            at up to 512 tensors, in turn: at all, if there are no more (`check` always looks at all).
         """
         self._look(self._next, LOOKED_AT)
         self._next = (self._next + LOOKED_AT) % len(self._all)
