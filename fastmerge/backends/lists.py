@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
-from .rule import TIE_BLOCK
+from .rule import TIE_BLOCK, SparsifyRule
 
 T = TypeVar("T")
 
@@ -112,6 +112,12 @@ class Lists:
     def out_addresses(self) -> Tensor:
         """int64[T]; 0 where there is none."""
         return torch.zeros_like(self.lengths) if self.out is None else addresses(self.out)
+
+
+def for_whole_tensors(rule: SparsifyRule) -> None:
+    """ValueError where a rule is not one for many whole tensors."""
+    if rule.method not in ("none", "band", "bernoulli") or rule.offset:
+        raise ValueError(f"a rule {rule.method!r} is not for many tensors; take them one by one")
 
 
 def words(values: Sequence[int]) -> Tensor:

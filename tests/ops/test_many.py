@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastmerge import ops
+from fastmerge import backends, ops
+from fastmerge.backends.lists import Lists
+from fastmerge.backends.rule import TIE_BLOCK
 from fastmerge.errors import ArgumentError, ArgumentTypeError
 from fastmerge.ops import many, select
 from tests import strategies
@@ -114,6 +116,30 @@ def test_a_prepared_merge_is_the_same_again_and_again(backend: str, data: st.Dat
         for one, target, other in zip(found, others or results, expected, strict=True):
             assert one is target
             assert_bitwise_equal(one, other)
+
+
+@pytest.mark.skipif("cpu" not in FAST, reason="the cpu backend is missing; tests/cuda and tests/triton test the others")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("method", ["magnitude_outliers", "bernoulli"])
+def test_large_tensors_among_small_ones(method: str, threads: int) -> None:
+    """Their ties are counted in several blocks."""
+    backends.resolve("cpu").set_threads(threads)
+    lengths = (3, TIE_BLOCK + 9, 0, 1000, 2 * TIE_BLOCK, TIE_BLOCK)
+    everything = [[(torch.arange(n) * (i + 3) % 11 - 5).bfloat16() / 8 for n in lengths] for i in range(3)]
+    base, models = everything[0], everything[1:]
+    ids = list(range(7, 7 + len(lengths)))
+    options: dict[str, Any] = {"density": [0.3, 0.6], "method": method, "gamma": 0.2, "tensor_ids": ids}
+    expected = ops.consensus_merge_many(base, models, 1.0, backend="reference", **options)
+    found = ops.consensus_merge_many(base, models, 1.0, backend="cpu", **options)
+    for one, other in zip(found, expected, strict=True):
+        assert_bitwise_equal(one, other)
+
+
+def test_several_dtypes_are_refused_where_one_is_needed() -> None:
+    lists = Lists(None, [[x, x.half()]], [x, x])
+    for name in FAST:
+        with pytest.raises(ValueError, match="tensors has several dtypes"):
+            backends.resolve(name).magnitude_bounds_many(lists, torch.zeros(2, 1, 2), [], x.dtype, subtract=False)
 
 
 def prepared_ones() -> tuple[list[Tensor], list[list[Tensor]], ops.PreparedMerge]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..gpu import for_whole_tensors, rounded
-from ..lists import Lists, before, words
+from ..gpu import rounded
+from ..lists import Lists, before, for_whole_tensors, words
 from ..rule import SparsifyRule
 from .launch import CODES, NOTHING, compiled, place, ref, table
 from .launch import inputs as inputs_ref

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..._triton import consensus as kernels
-from ..gpu import for_whole_tensors, rounded
-from ..lists import Lists, before, multiple_of, signed, words
+from ..gpu import rounded
+from ..lists import Lists, before, for_whole_tensors, multiple_of, signed, words
 from ..rule import TIE_BLOCK, SparsifyRule
 from .launch import CODES, block, flat, float_bits, launch, table, tiles
 from .sparsify import BY_VALUE, METHODS, PIECE, TYPES, Given, alignment, decided, padded, usable
