@@ -120,7 +120,7 @@ def _sound(values: list[Any]) -> bool:
     return (
         {type(value) for value in values} <= {Tensor, torch.nn.Parameter}
         and {x.dtype for x in values} <= {*KERNEL_DTYPES, torch.float64}
-        and {x.device.type for x in values} <= set(DEVICES)
+        and {device.type for device in {x.device for x in values}} <= set(DEVICES)
         and {x.layout for x in values} == {torch.strided}
         and True not in {x.requires_grad for x in values}
     )

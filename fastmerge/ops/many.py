@@ -147,17 +147,17 @@ def _checked(base: list[Tensor], models: list[list[Tensor]], out: list[Tensor], 
     others = [*models[1:], out, *([base] if base else [])]
     devices = {x.device for x in everything}
     dense = [x.is_contiguous() for x in everything]
+    lists = Lists(base or None, models, out, ids)
     if (
         len(ids) != len(shapes)
         or len(devices) != 1
         or not {device.type for device in devices} <= set(_checks.DEVICES)
-        or not {x.dtype for x in everything} <= set(_checks.KERNEL_DTYPES)
+        or not set().union(*lists.dtypes.values()) <= set(_checks.KERNEL_DTYPES)
         or {x.layout for x in everything} != {torch.strided}
         or any(len(each) != len(shapes) or not all(map(eq, map(_SHAPE, each), shapes)) for each in others)
         or not all(dense)
     ):
         _explain(base, models, out, ids)
-    lists = Lists(base or None, models, out, ids)
     if not all(dense):
         lists = Lists(_checks.contiguous(base) or None, [_checks.contiguous(one) for one in models], out, ids)
     if (t := _overlapping(lists)) is not None:
