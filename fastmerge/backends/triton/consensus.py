@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._triton import consensus as kernels
 from ..gpu import rounded
-from ..lists import Lists, before, for_whole_tensors, multiple_of, signed, words
+from ..lists import Lists, before, copied, for_whole_tensors, multiple_of, signed, words
 from ..rule import TIE_BLOCK, SparsifyRule
 from .launch import CODES, block, flat, float_bits, launch, table, tiles
 from .sparsify import BY_VALUE, METHODS, PIECE, TYPES, Given, alignment, decided, padded, usable
@@ -239,7 +239,7 @@ class _Table:
 
     @classmethod
     def of(cls, lists: Lists, span: int) -> _Table:
-        """That of these lists, of which a program takes `span` elements; one copy."""
+        """That of these lists, of which a program takes `span` elements."""
         counts = (lists.lengths + (span - 1)) // span
         programs = int(counts.sum())
         # A word's key is the seed, its high half mixed with that of the tensor's number.
@@ -248,11 +248,10 @@ class _Table:
         addressed = lists.base_addresses, lists.out_addresses, lists.model_addresses
         columns = [before(counts), lists.lengths, ids - low, low, before(lists.blocks), *addressed[:2]]
         rows = torch.cat((torch.stack(columns, dim=1), lists.model_addresses), dim=1)
-        there = table(torch.cat((rows.flatten(), counts)), lists.device)
+        there = table(rows.flatten(), lists.device)
         # Each tensor's number as often as it has programs; told how many that are, nothing waits for the GPU.
         tensor_of = torch.arange(lists.tensors, dtype=torch.int32, device=lists.device)
-        counts_there = there[rows.numel() :][: lists.tensors]
-        tensor_of = tensor_of.repeat_interleave(counts_there, output_size=programs)
+        tensor_of = tensor_of.repeat_interleave(copied(counts, lists.device), output_size=programs)
         together = multiple_of(*addressed)
         # So few, since kernels are compiled for each.
         align = together if together >= 8 else 1
