@@ -155,10 +155,13 @@ def _checked(base: list[Tensor], models: list[list[Tensor]], out: list[Tensor], 
         or not set().union(*lists.dtypes.values()) <= set(_checks.KERNEL_DTYPES)
         or {x.layout for x in everything} != {torch.strided}
         or any(len(each) != len(shapes) or not all(map(eq, map(_SHAPE, each), shapes)) for each in others)
-        or not all(dense)
+        or not all(dense[-len(out) :])
     ):
         _explain(base, models, out, ids)
     if not all(dense):
+        for i, x in enumerate(everything[: -len(out)]):
+            if not dense[i]:
+                _checks.target(f"out[{i % len(out)}]", out[i % len(out)], x.shape, [x])
         lists = Lists(_checks.contiguous(base) or None, [_checks.contiguous(one) for one in models], out, ids)
     if (t := _overlapping(lists)) is not None:
         _explain(base, models, out, ids)

@@ -222,6 +222,14 @@ x = torch.ones(4)
         (lambda: ops.consensus_merge_many(None, [[x]], 1.0, out=[]), "out has 0 entries for 1"),
         (lambda: ops.consensus_merge_many(None, [[x + 1, x]], 1.0, out=[x, x + 1]), r"out\[0\] overlaps another"),
         (lambda: ops.consensus_merge_many(None, [[x, x]], 1.0, out=[(y := x + 1), y]), r"out\[1\] overlaps another"),
+        (
+            lambda: ops.consensus_merge_many(None, [[(y := x.repeat(2))[::2]]], 1.0, out=[y[4:]]),
+            r"out\[0\] overlaps an",
+        ),
+        (
+            lambda: ops.consensus_merge_many(None, [[x, x]], 1.0, out=[x + 1, x.repeat(2)[::2]]),
+            r"out\[1\] is not contiguous",
+        ),
         (lambda: ops.consensus_merge_many(None, [[x, x]], 1.0, out=[x + 1, x[:3]]), r"out\[1\] has shape \[3\]"),
         (lambda: ops.prepare_merge_many(None, [[x]]).merge([1.0, 2.0]), "weights has 2 entries for 1 models"),
     ],
