@@ -59,7 +59,9 @@ def render(row: Row) -> str:
             text += f"; {name}: {peer}"
     if isinstance(alone := row.get("one_tensor"), dict):
         met = "ok" if alone["bar_met"] else "MISSED"
-        text += f"; {alone['times']:.2f} x one tensor (<= {alone['most']}: {met})"
+        text += f"; {alone['times']:.2f} x one tensor by the GPU's time, {alone['whole_times']:.2f} x with the host's"
+        text += f" (<= {alone['most']}: {met}); host {row['host_seconds'] * 1e3:.3f} ms"
+        text += f", not prepared {row['plain']['host_seconds'] * 1e3:.1f} ms and {row['plain']['whole_times']:.1f} x"
     if row.get("extra_memory") is not None:
         met = "ok" if row["extra_memory_bar_met"] else "MISSED"
         text += f"; extra memory {row['extra_memory']:.3f} (<= {row['extra_memory_bar']}: {met})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,27 @@ class Bench:
         """Seconds of so many calls, after one to warm up."""
         self.watch.once(run)
         return [self.watch.once(run) for _ in range(self.repeat)]
+
+    def apart(self, run: Callable[[], object]) -> tuple[float, float]:
+        """Seconds until a call returns, and until the device has done its work: nothing of the host's part hides.
+
+        The medians of as many calls as are timed, after one to warm up; the device is idle before each.
+        """
+        both: list[tuple[float, float]] = []
+        for _ in range(1 + self.repeat):
+            self.settle()
+            start = time.perf_counter()
+            run()
+            returned = time.perf_counter() - start
+            self.settle()
+            both.append((returned, time.perf_counter() - start))
+        host, whole = zip(*both[1:])
+        return statistics.median(host), statistics.median(whole)
+
+    def settle(self) -> None:
+        """Wait for the device."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
     def row(
         self,

@@ -108,7 +108,8 @@ def _cell(row: Report | None) -> str:
         if isinstance(peer := row.get(name), dict):
             text += f"; {peer['times']:.0f} x {name.replace('_', '.')}"
     if isinstance(alone := row.get("one_tensor"), dict):
-        text += f"; {alone['times']:.2f} x one tensor"
+        text += f"; {alone['times']:.2f} x one tensor, {alone['whole_times']:.2f} x with the host's part"
+        text += f", {row['plain']['whole_times']:.1f} x not prepared"
     return text
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastmerge.backends.lists import Lists
 from fastmerge.backends.rule import TIE_BLOCK, PcbRule, SparsifyRule
 
 NUMEL = 2 * TIE_BLOCK
@@ -138,9 +139,11 @@ def _select() -> Iterator[Call]:
             yield Call("key_window_", f"{variant}, {width}", arguments, everywhere=typical, wide=aligned)
         yield Call("tie_counts", variant, (base, xs, bounds, compute), everywhere=everywhere, wide=aligned)
     for dtype in (BF16, F32):
-        ranks = [[10, 10], [20, 20]]
-        arguments = (models(2, dtype), [models(2, dtype), models(2, dtype)], ranks, ranks, F32)
-        yield Call("magnitude_bounds_many", f"2 tensors of 2 x {NAMES[dtype]}", arguments, everywhere=dtype is BF16)
+        lists = Lists(models(2, dtype), [models(2, dtype), models(2, dtype)])
+        ranks = torch.tensor([[[10, 10]] * 2, [[20, 20]] * 2])
+        arguments = (lists, ranks, [True] * 4, F32)
+        name = f"2 tensors of 2 x {NAMES[dtype]}"
+        yield Call("magnitude_bounds_many", name, arguments, {"subtract": True}, everywhere=dtype is BF16)
 
 
 def _deltas() -> Iterator[tuple[torch.Tensor | None, list[torch.Tensor], torch.dtype, bool, str]]:
@@ -273,8 +276,10 @@ def _many() -> Iterator[Call]:
                         ties_before=torch.zeros(count, 2, 2 * NUMEL // TIE_BLOCK, dtype=torch.int64),
                     )
                 keywords = _merge("", None, [], tensor(dtype), rule=chosen, election=election).keywords
-                keywords.update(out=models(2, dtype), scales=[1.0] * count, tensor_ids=[1, 2])
-                arguments = (models(2, dtype), [models(2, dtype) for _ in range(count)], [0.5] * count)
+                del keywords["out"]
+                keywords["scales"] = [1.0] * count
+                inputs = models(2, dtype), [models(2, dtype) for _ in range(count)]
+                arguments = (Lists(*inputs, models(2, dtype), [1, 2]), [0.5] * count)
                 name = f"{method}, {election}, 2 tensors of {count} x {NAMES[dtype]}"
                 everywhere = (count, dtype, method) == (3, BF16, "band")
                 yield Call("consensus_apply_many", name, arguments, keywords, everywhere)

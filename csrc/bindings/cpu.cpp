@@ -16,6 +16,7 @@ namespace {
 
 using fastmerge::cpu::Array;
 using fastmerge::cpu::ConsensusArgs;
+using fastmerge::cpu::Many;
 using fastmerge::cpu::Models;
 using fastmerge::cpu::PcbApplyArgs;
 using fastmerge::cpu::PcbArgs;
@@ -53,6 +54,21 @@ struct Inputs {
     }
     Inputs(const Inputs&) = delete;
     Inputs& operator=(const Inputs&) = delete;
+};
+
+// Addresses of int64: lengths [T], bases [T] or 0, models [T, n]; dtypes of bases and models.
+struct ManyRef {
+    Many many;
+
+    ManyRef(int64_t tensors, int32_t models, uintptr_t lengths, uintptr_t bases, uintptr_t addresses, int base_dtype,
+            int dtype, int compute, bool subtract) {
+        need(tensors > 0 && models > 0, "at least one tensor of one model is needed");
+        need(base_dtype >= 0 && base_dtype <= 2 && dtype >= 0 && dtype <= 2, "dtype code out of range");
+        need(compute >= 0 && compute <= 2, "compute dtype code out of range");
+        need(bases != 0 || !subtract, "bases are needed to subtract them");
+        many = {tensors,    models, numbers(lengths), numbers(bases), numbers(addresses),
+                base_dtype, dtype,  compute,          subtract};
+    }
 };
 
 struct RuleArgs {
@@ -187,6 +203,14 @@ PYBIND11_MODULE(_cpu, m) {
                                              numbers(ties_before));
         },
         release());
+    py::class_<ManyRef>(m, "Many", "Many tensors, each list of one dtype.")
+        .def(py::init<int64_t, int32_t, uintptr_t, uintptr_t, uintptr_t, int, int, int, bool>());
+    m.def(
+        "magnitude_bounds_many",
+        [](const ManyRef& ref, uintptr_t ranks, uintptr_t bounds, uintptr_t ties_before) {
+            fastmerge::cpu::magnitude_bounds_many(ref.many, numbers(ranks), numbers(bounds), numbers(ties_before));
+        },
+        release());
     m.def(
         "key_histogram",
         [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, int compute,
@@ -277,6 +301,43 @@ PYBIND11_MODULE(_cpu, m) {
             call.out = reinterpret_cast<void*>(out.first);
             call.out_dtype = target.dtype;
             fastmerge::cpu::consensus_apply(call);
+        },
+        release());
+    m.def(
+        "consensus_apply_many",
+        [](const ManyRef& ref, const RuleArgs& args, const std::vector<uint64_t>& tensor_ids,
+           const std::vector<float>& weights, const std::vector<float>& scales, int election, float zero_sign,
+           int divisor, float divisor_value, float lambda, uintptr_t out, int out_dtype) {
+            const Many& many = ref.many;
+            size_t n = static_cast<size_t>(many.models);
+            need(weights.size() == n && scales.size() == n, "one weight and scale per model is needed");
+            need(args.method <= fastmerge::kBernoulli, "a rule for many tensors is a band, or random");
+            need(out_dtype >= 0 && out_dtype <= 2, "dtype code out of range");
+            Models blank{};
+            blank.count = many.models;
+            Rules rules(args, blank);
+            std::vector<Stream> streams;
+            if (args.method == fastmerge::kBernoulli) {
+                need(tensor_ids.size() == static_cast<size_t>(many.tensors), "one number per tensor is needed");
+                for (uint64_t id : tensor_ids) {
+                    RuleArgs own = args;
+                    own.tensor_id = id;
+                    Rules each(own, blank);
+                    streams.insert(streams.end(), each.streams.begin(), each.streams.end());
+                }
+                rules.rule.streams = streams.data();
+            }
+            ConsensusArgs call{};
+            call.rule = rules.rule;
+            call.weights = weights.data();
+            call.scales = scales.data();
+            call.election = election;
+            call.zero_sign = zero_sign;
+            call.divisor = divisor;
+            call.divisor_value = divisor_value;
+            call.lambda = lambda;
+            call.out_dtype = out_dtype;
+            fastmerge::cpu::consensus_apply_many(many, call, numbers(out));
         },
         release());
     py::class_<PcbRule>(m, "PcbRule")

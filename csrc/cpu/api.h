@@ -24,11 +24,24 @@ struct Shard {
     int64_t numel;
 };
 
+// Many tensors of n models, each list of one dtype, as addresses.
+struct Many {
+    int64_t tensors;
+    int32_t models;
+    const int64_t* lengths;    // [tensors]
+    const int64_t* bases;      // [tensors], or nullptr
+    const int64_t* addresses;  // [tensors, models]
+    int32_t base_dtype, dtype, compute;
+    bool subtract;
+};
+
 // select
 void abs_histogram(const std::vector<Shard>& shards, int bins, int64_t* out);
 uint32_t kth_key(const std::vector<Shard>& shards, int64_t k);
 void magnitude_bounds(const Models& models, const int64_t* first, const int64_t* last, int64_t* bounds,
                       int64_t* ties_before);
+// ranks: [tensors, n, 2]; bounds: [tensors, n, 2, 2]; ties_before: [n, 2, the blocks of all tensors]
+void magnitude_bounds_many(const Many& many, const int64_t* ranks, int64_t* bounds, int64_t* ties_before);
 void key_histogram(const Models& models, const int64_t* prefix, int64_t* out);
 void key_window(const Models& models, const int64_t* low, int64_t width, int64_t* counts);
 void tie_counts(const Models& models, const int64_t* bounds, int64_t* out);
@@ -42,6 +55,9 @@ void kept_masks(const Models& models, Rule rule, uint8_t* masks);  // [n, ceil(n
 
 // consensus
 void consensus_apply(ConsensusArgs args);
+// formula: what is the same for all tensors; its rule's bounds, ties and streams are those of all tensors, as above,
+// and streams [tensors, n]. out: [tensors], addresses.
+void consensus_apply_many(const Many& many, const ConsensusArgs& formula, const int64_t* out);
 
 // PCB-Merging; see fastmerge/reference/pcb.py
 void pcb_scores(const PcbArgs& args, float* out);  // [n, numel]

@@ -16,6 +16,9 @@ namespace fastmerge {
 namespace cpu {
 namespace {
 
+// This thread does a share of some caller's work: what that divides further it does alone.
+thread_local bool within = false;
+
 class Pool {
 public:
     explicit Pool(int size) : owner_(getpid()) {
@@ -67,6 +70,7 @@ private:
     }
 
     void serve(int thread) {
+        within = true;
         uint64_t seen = 0;
         for (;;) {
             const std::function<void(int64_t, int)>* work = nullptr;
@@ -118,9 +122,13 @@ int threads() { return wanted.load(); }
 void set_threads(int count) { wanted.store(count < 1 ? 1 : count); }
 
 void parallel(int64_t items, const std::function<void(int64_t, int)>& work) {
-    if (items > 1 && wanted.load() > 1) {
+    if (items > 1 && wanted.load() > 1 && !within) {
         std::unique_lock<std::mutex> lock(in_use, std::try_to_lock);
         if (lock.owns_lock()) {
+            struct Inside {
+                Inside() { within = true; }
+                ~Inside() { within = false; }
+            } inside;
             ready_pool().run(items, work);
             return;
         }

@@ -9,7 +9,8 @@ namespace fastmerge {
 namespace cpu {
 
 // Calls work(item, thread) for each item in [0, items), `thread` below threads(). Items are handed out one by one, in
-// order. Runs on the calling thread alone when there is one item or the threads serve another caller just then.
+// order. Runs on the calling thread alone when there is one item, the threads serve another caller just then, or the
+// call is itself part of such work.
 void parallel(int64_t items, const std::function<void(int64_t item, int thread)>& work);
 
 }  // namespace cpu

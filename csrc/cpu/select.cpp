@@ -14,6 +14,7 @@
 #include "cpu/api.h"
 #include "cpu/arena.h"
 #include "cpu/counted.h"
+#include "cpu/many.h"
 #include "cpu/pool.h"
 #include "fastmerge/keys.h"
 
@@ -375,6 +376,24 @@ void magnitude_bounds(const Models& models, const int64_t* first, const int64_t*
             before += here;
         }
     }
+}
+
+void magnitude_bounds_many(const Many& many, const int64_t* ranks, int64_t* bounds, int64_t* ties_before) {
+    std::vector<int64_t> begins = first_blocks(many);
+    over_tensors(many, [&](int64_t t) {
+        Each each(many, t);
+        int64_t begin = begins[static_cast<size_t>(t)], blocks = begins[static_cast<size_t>(t) + 1] - begin;
+        std::vector<int64_t> first, last, ties(static_cast<size_t>(2 * many.models * blocks));
+        for (int32_t m = 0; m < many.models; ++m) {
+            first.push_back(ranks[2 * (t * many.models + m)]);
+            last.push_back(ranks[2 * (t * many.models + m) + 1]);
+        }
+        magnitude_bounds(each.models, first.data(), last.data(), bounds + t * 4 * many.models, ties.data());
+        for (int32_t row = 0; row < 2 * many.models; ++row) {
+            const int64_t* mine = ties.data() + row * blocks;
+            std::copy(mine, mine + blocks, ties_before + row * begins.back() + begin);
+        }
+    });
 }
 
 void key_histogram(const Models& models, const int64_t* prefix, int64_t* out) {

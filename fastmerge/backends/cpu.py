@@ -7,11 +7,13 @@ The functions are those of `fastmerge.backends.reference`, with the same bits. F
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 
 from .. import _cpu
 from ..errors import BackendError
+from .lists import Lists, for_whole_tensors
 from .rule import L1_LIMBS, TIE_BLOCK, PcbRule, SparsifyRule
 from .threads import default_threads
 
@@ -123,6 +125,39 @@ def magnitude_bounds(
     return bounds, ties_before
 
 
+def _many(lists: Lists, subtract: bool, compute: torch.dtype) -> _cpu.Many:
+    lists.need_uniform()
+    base, models = lists.base, lists.models
+    return _cpu.Many(
+        lists.tensors,
+        len(models),
+        lists.lengths.data_ptr(),
+        0 if base is None else lists.base_addresses.data_ptr(),
+        lists.model_addresses.data_ptr(),
+        0 if base is None else _DTYPES[base[0].dtype],
+        _DTYPES[models[0][0].dtype],
+        _DTYPES[compute],
+        subtract and base is not None,
+    )
+
+
+def magnitude_bounds_many(
+    lists: Lists, ranks: torch.Tensor, inside: Sequence[bool], compute: torch.dtype, *, subtract: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`magnitude_bounds` of many tensors, small ones side by side.
+
+    ranks: int64[T, n, 2], each model's first and last. inside: of no use here. subtract: deltas from the bases are
+    ranked. Returns bounds int64[T, n, 2, 2] and ties_before int64[n, 2, blocks], in which the blocks of a tensor follow
+    those of the one before.
+    Errors: ValueError where the models, or the bases, do not have a single dtype; take the tensors one by one then.
+    """
+    many, ranks = _many(lists, subtract, compute), ranks.contiguous()
+    bounds = torch.empty(lists.tensors, len(lists.models), 2, 2, dtype=torch.int64)
+    ties_before = torch.empty(len(lists.models), 2, int(lists.blocks.sum()), dtype=torch.int64)
+    _cpu.magnitude_bounds_many(many, ranks.data_ptr(), bounds.data_ptr(), ties_before.data_ptr())
+    return bounds, ties_before
+
+
 def key_histogram(
     base: torch.Tensor | None, tensors: list[torch.Tensor], prefix: list[int], compute: torch.dtype
 ) -> torch.Tensor:
@@ -192,28 +227,59 @@ def consensus_apply(
 ) -> None:
     """The merge of one chunk into `out`; see `fastmerge.ops.consensus_apply`."""
     reference, has_base, models, numel, code = _inputs(base, tensors, compute)
+    formula = _formula(weights, scales, election, zero_sign, divisor, divisor_value, lambda_, compute)
+    subtract = has_base and inputs == "models"
+    _cpu.consensus_apply(reference, subtract, has_base, models, numel, code, _rule(rule), *formula, _ref(out))
+
+
+def consensus_apply_many(
+    lists: Lists,
+    weights: list[float],
+    *,
+    inputs: str,
+    rule: SparsifyRule,
+    scales: list[float],
+    election: str,
+    zero_sign: str,
+    divisor: str,
+    divisor_value: float,
+    lambda_: float,
+    compute: torch.dtype,
+) -> None:
+    """`consensus_apply` of many whole tensors into the lists' results, small ones side by side.
+
+    rule: "none", "bernoulli", or "band" with bounds and ties_before as `magnitude_bounds_many` returns them. Each
+    tensor's number is that of the lists instead of the rule's.
+    Errors: ValueError where the bases, the models or the results do not have a single dtype, or the rule is another;
+    take the tensors one by one then.
+    """
+    for_whole_tensors(rule)
+    assert lists.out is not None
+    many = _many(lists, inputs == "models", compute)
+    formula = _formula(weights, scales, election, zero_sign, divisor, divisor_value, lambda_, compute)
+    _cpu.consensus_apply_many(
+        many, _rule(rule), lists.tensor_ids, *formula, lists.out_addresses.data_ptr(), _DTYPES[lists.out[0].dtype]
+    )
+
+
+def _formula(
+    weights: list[float],
+    scales: list[float],
+    election: str,
+    zero_sign: str,
+    divisor: str,
+    divisor_value: float,
+    lambda_: float,
+    compute: torch.dtype,
+) -> tuple[list[float], list[float], int, float, int, float, float]:
+    """The numbers of a merge as kernels take them."""
     if compute is not torch.float32:
         weights = torch.tensor(weights, dtype=torch.float32).to(compute).tolist()
         divisor_value = float(torch.tensor(divisor_value, dtype=torch.float32).to(compute))
-    value = float(len(tensors)) if divisor == "count" and election == "none" else divisor_value
     plain = divisor == "count" and election == "none"
-    _cpu.consensus_apply(
-        reference,
-        has_base and inputs == "models",
-        has_base,
-        models,
-        numel,
-        code,
-        _rule(rule),
-        weights,
-        scales,
-        _ELECTIONS[election],
-        _ZERO_SIGNS[zero_sign],
-        _DIVISORS["value" if plain else divisor],
-        value,
-        lambda_,
-        _ref(out),
-    )
+    value = float(len(weights)) if plain else divisor_value
+    codes = _ELECTIONS[election], _ZERO_SIGNS[zero_sign], _DIVISORS["value" if plain else divisor]
+    return weights, scales, *codes, value, lambda_
 
 
 def _pcb_inputs(base: torch.Tensor | None, tensors: list[torch.Tensor]) -> tuple[_Ref, bool, list[_Ref], int]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from .rule import SparsifyRule
 
 _BoundsOf = Callable[[list[Tensor], list[int], list[int]], tuple[Tensor, Tensor]]
 _INF_ORDERED, _MINUS_INF_ORDERED = 0x7F800000, -0x7F800001
@@ -17,20 +15,6 @@ def rounded(values: list[float], compute: torch.dtype = torch.float32) -> list[f
     """Numbers rounded to float32, then to `compute`."""
     numbers: list[float] = torch.tensor(values, dtype=torch.float32).to(compute).tolist()
     return numbers
-
-
-def of_one_dtype(base: list[Tensor] | None, tensors: list[list[Tensor]], out: Sequence[Tensor] = ()) -> None:
-    """ValueError where the bases, the models or the results do not have a single dtype."""
-    models = [x for one in tensors for x in one]
-    for name, group in (("base", base or []), ("tensors", models), ("out", out)):
-        if len({x.dtype for x in group}) > 1:
-            raise ValueError(f"{name} has several dtypes; take its tensors one by one")
-
-
-def for_whole_tensors(rule: SparsifyRule) -> None:
-    """ValueError where a rule is not one for many whole tensors."""
-    if rule.method not in ("none", "band", "bernoulli") or rule.offset:
-        raise ValueError(f"a rule {rule.method!r} is not for many tensors; take them one by one")
 
 
 def bounds_by_group(

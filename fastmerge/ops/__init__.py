@@ -17,7 +17,7 @@ from ._score_keys import (
     score_prefix,
 )
 from .consensus import consensus_apply, consensus_merge, total_divisor, weight_sum
-from .many import consensus_merge_many
+from .many import PreparedMerge, consensus_merge_many, prepare_merge_many
 from .pcb import pcb_apply, pcb_extremes, pcb_histogram, pcb_scores, pcb_sums, pcb_window_
 from .pcb_rows import pcb_bounds, pcb_merge, pcb_rule
 from .select import (
@@ -44,6 +44,7 @@ __all__ = [
     "L1_LIMBS",
     "TIE_BLOCK",
     "PcbRule",
+    "PreparedMerge",
     "SparsifyRule",
     "abs_histogram",
     "bound",
@@ -79,6 +80,7 @@ __all__ = [
     "pcb_thresholds",
     "pcb_window_",
     "prefixes",
+    "prepare_merge_many",
     "rank_range",
     "score_bound",
     "score_bound_in_window",

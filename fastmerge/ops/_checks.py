@@ -109,10 +109,21 @@ def tensor_list(argument: str, values: Any) -> list[Tensor]:
         raise ArgumentTypeError(
             f"{argument} must be a list of tensors, not {type(values).__name__}; wrap a single tensor as [tensor]."
         )
-    checked = [tensor(f"{argument}[{i}]", value) for i, value in enumerate(values)]
-    if not checked:
+    listed = list(values)
+    if not listed:
         raise ArgumentError(f"{argument} is empty; pass at least one tensor.")
-    return checked
+    return listed if _sound(listed) else [tensor(f"{argument}[{i}]", value) for i, value in enumerate(listed)]
+
+
+def _sound(values: list[Any]) -> bool:
+    """Whether `tensor` would return all of them as they are: quickly told, for lists may hold ten thousand."""
+    return (
+        {type(value) for value in values} <= {Tensor, torch.nn.Parameter}
+        and {x.dtype for x in values} <= {*KERNEL_DTYPES, torch.float64}
+        and {device.type for device in {x.device for x in values}} <= set(DEVICES)
+        and {x.layout for x in values} == {torch.strided}
+        and True not in {x.requires_grad for x in values}
+    )
 
 
 def input_tensors(argument: str, values: Any) -> list[Tensor]:

@@ -364,6 +364,31 @@ def rank_range(numel: int, density: float, gamma: float | None = None) -> tuple[
     return numel - lowest - target, numel - lowest
 
 
+def rank_ranges(numels: Tensor, densities: Sequence[float], gammas: Sequence[float | None]) -> Tensor:
+    """`rank_range` of many tensors for each of n models, where their lengths are.
+
+    numels: int64[T]. densities, gammas: n. Returns int64[T, n, 2].
+    """
+    # float64 is what Python's floats are: products and their whole parts are the same.
+    wide = numels.double()
+    zero = torch.zeros_like(numels)
+    found: dict[tuple[float, float | None], tuple[Tensor, Tensor]] = {}
+    for density, gamma in zip(densities, gammas, strict=True):
+        if (density, gamma) in found:
+            continue
+        if density >= 1:
+            cut = zero, numels
+        elif gamma is None:
+            most = (wide * density).long().clamp_(min=1)
+            cut = zero, torch.minimum(most, numels) if density > 0 else zero
+        else:
+            target = (wide * density).long()
+            last = (target + (wide * gamma).long()).minimum(numels)
+            cut = last - target, last
+        found[density, gamma] = cut
+    return torch.stack([cut for key in zip(densities, gammas) for cut in found[key]], dim=1).view(len(numels), -1, 2)
+
+
 def keep_ties(bounds: Tensor) -> Tensor:
     """Move rank bounds so that no group of equal magnitudes is cut: a group that is kept in part is kept whole.
 

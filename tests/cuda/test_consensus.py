@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmerge import backends, ops
 from fastmerge.backends import reference
+from fastmerge.backends.lists import Lists
 from fastmerge.backends.rule import TIE_BLOCK, SparsifyRule
 from fastmerge.errors import BackendError
 from tests.cuda.running import both_orders, needs_cuda, there, unaligned
@@ -135,15 +136,8 @@ def test_many_tensors(part: int, models: int, order: str, monkeypatch: pytest.Mo
     for rule in (SparsifyRule("band", bounds=there(bounds), ties_before=there(ties)), words):
         options = {**TIES, "scales": [1.0] * models}
         out = [there(poison_(torch.empty(length, dtype=torch.float32))) for length in lengths]
-        cuda.consensus_apply_many(
-            [there(x) for x in bases],
-            [[there(x) for x in each] for each in tensors],
-            weights,
-            rule=rule,
-            tensor_ids=ids,
-            out=out,
-            **options,
-        )
+        lists = Lists([there(x) for x in bases], [[there(x) for x in each] for each in tensors], out, ids)
+        cuda.consensus_apply_many(lists, weights, rule=rule, **options)
         for t, found in enumerate(out):
             own = SparsifyRule(**{**vars(words), "tensor_id": ids[t]})
             if rule is not words:
@@ -157,12 +151,12 @@ def test_many_tensors(part: int, models: int, order: str, monkeypatch: pytest.Mo
 def test_what_many_tensors_must_be() -> None:
     cuda = backends.resolve("cuda")
     x, y = there(torch.ones(3)), there(torch.ones(3, dtype=torch.bfloat16))
-    options = {**TIES, "scales": [1.0], "tensor_ids": [0, 1]}
+    options = {**TIES, "scales": [1.0]}
     with pytest.raises(ValueError, match="out has several dtypes"):
-        cuda.consensus_apply_many(None, [[x, x]], [1.0], rule=SparsifyRule(), out=[x, y], **options)
+        cuda.consensus_apply_many(Lists(None, [[x, x]], [x, y]), [1.0], rule=SparsifyRule(), **options)
     with pytest.raises(ValueError, match="a rule 'bernoulli' is not for many tensors"):
         rule = SparsifyRule("bernoulli", density=[0.5], positions=[0], offset=1)
-        cuda.consensus_apply_many(None, [[x, x]], [1.0], rule=rule, out=[x, x], **options)
+        cuda.consensus_apply_many(Lists(None, [[x, x]], [x, x]), [1.0], rule=rule, **options)
 
 
 def test_too_many_models(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from fastmerge import backends, ops
 from fastmerge.errors import BackendError
 from tests.cuda.running import needs_cuda
 from tests.numeric import assert_bitwise_equal
+from tests.ops.running import bounds_of_many
 
 pytestmark = needs_cuda
 
@@ -134,7 +135,9 @@ def test_many_tensors(dtype: torch.dtype, base: bool) -> None:
     bases = [values(numel, torch.bfloat16, 20) for numel in lengths] if base else None
     first = [[0, numel // 9] for numel in lengths]
     last = [[numel // 2, numel * 7 // 8] for numel in lengths]
-    both = backends.resolve("cuda").magnitude_bounds_many(bases, models, first, last, torch.float32)
+    module = backends.resolve("cuda")
+    both = bounds_of_many(module, bases, models, first, last)
+    same(bounds_of_many(module, bases, models, first, last, kept=True), both)
     begin = 0
     for t, numel in enumerate(lengths):
         blocks = max(1, -(-numel // TIE_BLOCK))

@@ -312,6 +312,33 @@ def test_nobody_waits_for_the_gpu(run: Any, device: str, monkeypatch: pytest.Mon
     same(result, by_reference(run, tensors, monkeypatch))
 
 
+@each_device
+@pytest.mark.parametrize("method", [None, "magnitude", "magnitude_outliers", "bernoulli"])
+def test_prepared_lists_are_captured_and_wait_for_nothing(method: str | None, device: str) -> None:
+    def lists(tensors: list[Tensor]) -> list[list[Tensor]]:
+        return [[x[:9], x[16:700], x[704:], x[:0]] for x in tensors]
+
+    tensors = few_models(1, 3, size_of(device), device)
+    base, *models = lists(tensors)
+    weights, options = [1.0, -0.7, 0.4], {"density": [0.5, 0.5, 0.2], "method": method, "seed": 1 << 63 | 5}
+    prepared = ops.prepare_merge_many(base, models, tensor_ids=[1, 1 << 40, 3, 4], backend=support.BACKEND)
+    replay = captured(device, lambda: prepared.merge(weights, **options))
+    prepared.merge([1.0, 1.0, 1.0], density=0.7, method=method)  # leaves what was captured alone
+    for seed in (2, 3):
+        for x, other in zip(tensors, few_models(seed, 3, size_of(device), device), strict=True):
+            x.copy_(other)
+        host, *others = lists([x.cpu() for x in tensors])
+        ids = {"tensor_ids": [1, 1 << 40, 3, 4]}
+        expected = ops.consensus_merge_many(host, others, weights, backend="reference", **ids, **options)
+        same(replay(), expected)
+        with nobody_waits(device):
+            found = prepared.merge(weights, **options)
+        same(found, expected)
+    with pytest.raises(ArgumentError, match="was resized or moved since it was prepared"):
+        models[0][1].data = torch.zeros_like(models[0][1])
+        prepared.merge(weights)
+
+
 @only_cuda
 @pytest.mark.parametrize("run", [*RUNS, competing], ids=lambda run: run.__name__)
 def test_a_side_stream_waits_for_nothing_and_for_its_own_inputs(

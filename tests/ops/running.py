@@ -9,9 +9,12 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 from fastmerge import backends
+from fastmerge.backends.lists import Lists
 
 BLOCK_VARIABLE = "FASTMERGE_TRITON_BLOCK"
 
@@ -40,6 +43,26 @@ def only(backend: str, function: str) -> Iterator[None]:
     ):
         yield
     assert set(ran) == {backend}, f"{function} ran on {sorted(set(ran))}, not on {backend} alone"
+
+
+def bounds_of_many(
+    module: Any,
+    base: list[Tensor] | None,
+    tensors: list[list[Tensor]],
+    first: list[list[int]],
+    last: list[list[int]],
+    compute: torch.dtype = torch.float32,
+    kept: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`magnitude_bounds_many` of a backend's module, for ranks [T][n]; twice where tables are kept."""
+    lists = Lists(base, tensors, kept=kept)
+    ranks = torch.tensor([list(zip(*both)) for both in zip(first, last)])
+    inside = ((ranks > 0) & (ranks < lists.lengths[:, None, None])).any(dim=0).flatten().tolist()
+    ranks = ranks.to(lists.device) if kept else ranks
+    for _ in range(kept):
+        module.magnitude_bounds_many(lists, ranks // 2, inside, compute, subtract=base is not None)
+    bounds, ties_before = module.magnitude_bounds_many(lists, ranks, inside, compute, subtract=base is not None)
+    return bounds, ties_before
 
 
 @st.composite

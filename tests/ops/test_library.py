@@ -75,8 +75,7 @@ def samples(seed: int, rows: int, backend: str) -> list[tuple[str, tuple[Any, ..
         ("consensus_apply", (*merge_arguments(models, "della"), torch.float32, backend)),
         ("consensus_apply", (*merge_arguments(models, "mask"), torch.float32, backend)),
         ("consensus_apply_out", (*merge_arguments(models), torch.empty(rows, 8), backend)),
-        ("magnitude_bounds_many", ([base, base[:2]], pairs(others), 2, [0, 1, 0, 1], [2, 3, 1, 4], f32, backend)),
-        ("consensus_apply_many_", many_arguments(models, backend)),
+        ("consensus_merge_many_", many_arguments(models, "magnitude_outliers", backend)),
         ("zero_nonfinite_", (base.clone(), backend)),
         ("pcb_scores", (base, others, *pcb_arguments("vision_es", 2), backend)),
         ("pcb_window_", (base, others, *pcb_arguments("nlp", 2), [0, 1 << 31], *pcb_counts(2, 9), backend)),
@@ -94,13 +93,13 @@ def pairs(models: list[Tensor]) -> list[Tensor]:
     return [part for x in models for part in (x, x[:2])]
 
 
-def many_arguments(models: list[Tensor], backend: str) -> tuple[Any, ...]:
+def many_arguments(models: list[Tensor], method: str, backend: str) -> tuple[Any, ...]:
     base, *others = models
-    together = [base, base[:2]], pairs(others), 2
-    bounds, ties = op("magnitude_bounds_many")(*together, [0, 1, 0, 1], [2, 3, 1, 4], f32, backend)
-    settings = "weighted", "positive", "weights", 1.0, 0.7, f32
-    out = [torch.empty(x.shape) for x in together[0]]
-    return (*together, [1.0, 0.5], "models", bounds, ties, [], 0, [0, 1], [0, 1], *settings, out, backend)
+    bases = [base, base[:2]]
+    kept = method, [0.5, 0.25], [0.1, 0.01], False, 3, [0, 1]
+    out = [torch.empty(x.shape) for x in bases]
+    formula = [1.0, 0.5], "models", *kept, "weighted", "positive", "weights", 0.7
+    return (bases, pairs(others), 2, [0, 1 << 40], *formula, out, backend)
 
 
 def pcb_counts(models: int, width: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +111,7 @@ def pcb_targets(models: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @each_working_backend
-@pytest.mark.parametrize("number", range(27))
+@pytest.mark.parametrize("number", range(26))
 def test_opcheck(number: int, backend: str) -> None:
     name, arguments = samples(0, 5, backend)[number]
     torch.library.opcheck(op(name), arguments)
@@ -142,10 +141,12 @@ def run_all(models: list[Tensor], backend: str) -> list[Tensor]:
     op("pcb_window_")(base, others, *pcb_rule, [0x80000000 - 50_000, 0x3F000000], window, highest, backend)
     merged_by_pcb, scale = torch.empty(base.shape), torch.empty(2, base.numel())
     op("pcb_apply_out")(base, others, *pcb_rule, [1.0, 0.5], merged_by_pcb, scale, backend)
-    many = many_arguments(models, backend)
-    op("consensus_apply_many_")(*many)
+    many = [many_arguments(models, method, backend) for method in ("magnitude", "bernoulli")]
+    for arguments in many:
+        op("consensus_merge_many_")(*arguments)
     return [
-        *many[-2],
+        *many[0][-2],
+        *many[1][-2],
         window,
         highest,
         merged_by_pcb,

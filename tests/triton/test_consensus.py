@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmerge import backends
 from fastmerge.backends import reference
+from fastmerge.backends.lists import Lists
 from fastmerge.backends.rule import TIE_BLOCK, SparsifyRule
 from fastmerge.ops import keep_ties
 from tests.numeric import assert_bitwise_equal, poison_
@@ -213,9 +214,8 @@ def test_many_tensors_at_once(method: str, count: int, with_base: bool) -> None:
         own = None if bases is None else bases[t]
         reference.consensus_apply(own, [one[t] for one in models], weights, rule=rules[t], out=target, **settings)
     launch.launched.clear()
-    triton.consensus_apply_many(
-        moved(bases), moved(models), weights, rule=moved(together), tensor_ids=ids, out=actual, **settings
-    )
+    lists = Lists(moved(bases), moved(models), actual, ids)
+    triton.consensus_apply_many(lists, weights, rule=moved(together), **settings)
     assert launch.launched["merge_tensors"] == (1 if count <= 8 else 0)
     for got, want in zip(actual, expected):
         assert_bitwise_equal(got.cpu(), want)
@@ -225,10 +225,10 @@ def test_many_tensors_refuse_what_one_launch_cannot_take() -> None:
     x = drawn(10).to(DEVICE)
     settings: dict[str, Any] = {
         "inputs": "models", "scales": [1.0], "election": "none", "zero_sign": "positive", "divisor": "none",
-        "divisor_value": 1.0, "lambda_": 1.0, "compute": torch.float32, "tensor_ids": [0, 0],
+        "divisor_value": 1.0, "lambda_": 1.0, "compute": torch.float32,
     }  # fmt: skip
     out = [torch.empty_like(x), torch.empty_like(x)]
     with pytest.raises(ValueError, match="several dtypes"):
-        triton.consensus_apply_many(None, [[x, x.float()]], [1.0], rule=SparsifyRule(), out=out, **settings)
+        triton.consensus_apply_many(Lists(None, [[x, x.float()]], out), [1.0], rule=SparsifyRule(), **settings)
     with pytest.raises(ValueError, match="della"):
-        triton.consensus_apply_many(None, [[x, x]], [1.0], rule=SparsifyRule("della"), out=out, **settings)
+        triton.consensus_apply_many(Lists(None, [[x, x]], out), [1.0], rule=SparsifyRule("della"), **settings)

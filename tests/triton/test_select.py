@@ -17,6 +17,7 @@ from fastmerge.backends import reference
 from fastmerge.backends.rule import TIE_BLOCK
 from tests import strategies
 from tests.numeric import assert_bitwise_equal
+from tests.ops import running
 
 if backends.available()["triton"] is not None:
     pytest.skip(
@@ -55,6 +56,15 @@ class Selection:
 
 
 select = Selection()
+
+
+def bounds_of_many(
+    base: Any, tensors: Any, first: Any, last: Any, compute: torch.dtype = torch.float32, kept: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bounds of tensors of the CPU."""
+    there = moved(base, DEVICE), moved(tensors, DEVICE)
+    found = running.bounds_of_many(adapter, *there, first, last, compute, kept)
+    return found[0].cpu(), found[1].cpu()
 
 
 @pytest.fixture(autouse=True)
@@ -216,11 +226,11 @@ def random_models(generator: chance.Random, tensors: int, models: int) -> list[l
 
 @given(
     seed=st.integers(0, 1 << 30), count=st.integers(1, 6), models=st.integers(1, 3), with_base=st.booleans(),
-    compute=strategies.computes,
+    compute=strategies.computes, kept=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=60)
 def test_many_tensors_are_what_they_are_one_by_one(
-    seed: int, count: int, models: int, with_base: bool, compute: torch.dtype
+    seed: int, count: int, models: int, with_base: bool, compute: torch.dtype, kept: bool
 ) -> None:
     generator = chance.Random(seed)
     everything = random_models(generator, count, models + 1)
@@ -228,7 +238,7 @@ def test_many_tensors_are_what_they_are_one_by_one(
     lengths = [x.numel() for x in tensors[0]]
     first = [[generator.randint(0, n) for _ in range(models)] for n in lengths]
     last = [[generator.choice((0, n, generator.randint(0, n))) for _ in range(models)] for n in lengths]
-    bounds, ties = select.magnitude_bounds_many(base, tensors, first, last, compute)
+    bounds, ties = bounds_of_many(base, tensors, first, last, compute, kept)
     parts = [
         reference.magnitude_bounds(
             None if base is None else base[t], [model[t] for model in tensors], first[t], last[t], compute
@@ -245,9 +255,7 @@ def test_as_many_launches_for_many_tensors_as_for_one() -> None:
     made = []
     for tensors in (one, many):
         launch.launched.clear()
-        bounds, _ = select.magnitude_bounds_many(
-            None, [tensors], [[0]] * len(tensors), [[50]] * len(tensors), torch.float32
-        )
+        bounds, _ = bounds_of_many(None, [tensors], [[0]] * len(tensors), [[50]] * len(tensors))
         made.append({name: number for name, number in launch.launched.items() if name != "write_row"})
         for x, found in zip(tensors, bounds):
             assert_bitwise_equal(found, reference.magnitude_bounds(None, [x], [0], [50], torch.float32)[0])
@@ -258,7 +266,7 @@ def test_many_tensors_with_ties_across_blocks(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv(launch.BLOCK_VARIABLE, "4096")
     tensors = [(torch.arange(n) % 3).to(torch.bfloat16) for n in (TIE_BLOCK + 9, 17, 2 * TIE_BLOCK + 1)]
     ranks = [[x.numel() // 2] for x in tensors]
-    bounds, ties = select.magnitude_bounds_many(None, [tensors], [[0]] * 3, ranks, torch.float32)
+    bounds, ties = bounds_of_many(None, [tensors], [[0]] * 3, ranks)
     parts = [reference.magnitude_bounds(None, [x], [0], rank, torch.float32) for x, rank in zip(tensors, ranks)]
     assert_bitwise_equal(bounds, torch.stack([part[0] for part in parts]))
     assert_bitwise_equal(ties, torch.cat([part[1] for part in parts], dim=2))
@@ -267,9 +275,9 @@ def test_many_tensors_with_ties_across_blocks(monkeypatch: pytest.MonkeyPatch) -
 def test_many_tensors_must_have_one_dtype_per_role() -> None:
     x, y = numbers(10), numbers(10, torch.bfloat16)
     with pytest.raises(ValueError, match="tensors has several dtypes"):
-        select.magnitude_bounds_many(None, [[x, y]], [[0], [0]], [[5], [5]], torch.float32)
+        bounds_of_many(None, [[x, y]], [[0], [0]], [[5], [5]])
     with pytest.raises(ValueError, match="base has several dtypes"):
-        select.magnitude_bounds_many([x, y], [[x, x]], [[0], [0]], [[5], [5]], torch.float32)
+        bounds_of_many([x, y], [[x, x]], [[0], [0]], [[5], [5]])
 
 
 def test_a_table_of_any_length() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..gpu import for_whole_tensors, of_one_dtype, rounded
-from ..rule import TIE_BLOCK, SparsifyRule
+from ..gpu import rounded
+from ..lists import Lists, before, for_whole_tensors, words
+from ..rule import SparsifyRule
 from .launch import CODES, NOTHING, compiled, place, ref, table
 from .launch import inputs as inputs_ref
 from .sparsify import decided, few, given
@@ -80,13 +81,11 @@ def consensus_apply(
 
 
 def consensus_apply_many(
-    base: list[Tensor] | None,
-    tensors: list[list[Tensor]],
+    lists: Lists,
     weights: list[float],
     *,
     inputs: str,
     rule: SparsifyRule,
-    tensor_ids: list[int],
     scales: list[float],
     election: str,
     zero_sign: str,
@@ -94,73 +93,66 @@ def consensus_apply_many(
     divisor_value: float,
     lambda_: float,
     compute: torch.dtype,
-    out: list[Tensor],
 ) -> None:
-    """`consensus_apply` of many whole tensors, in one launch.
+    """`consensus_apply` of many whole tensors into the lists' results, in one launch.
 
-    base, out: T tensors. tensors: for each of n models its T tensors; contiguous. rule: "none", "bernoulli", or "band"
-    with bounds int64[T, n, 2, 2] and ties_before int64[n, 2, blocks], in which the blocks of a tensor, max(1,
-    ceil(N / 65536)), follow those of the one before. tensor_ids: each tensor's, instead of the rule's.
+    rule: "none", "bernoulli", or "band" with bounds int64[T, n, 2, 2] and ties_before int64[n, 2, blocks], in which
+    the blocks of a tensor, max(1, ceil(N / 65536)), follow those of the one before. Each tensor's number is that of the
+    lists instead of the rule's.
     Errors: ValueError where the bases, the models or the results do not have a single dtype, or the rule is another;
     take the tensors one by one then.
     """
-    of_one_dtype(base, tensors, out)
+    lists.need_uniform()
     for_whole_tensors(rule)
-    few(len(tensors))
-    lengths = [x.numel() for x in out]
-    part = part_of(sum(lengths))
-    parts = [-(-length // part) for length in lengths]
-    if sum(parts) == 0:
+    assert lists.out is not None
+    base, models, device = lists.base, lists.models, lists.device
+    few(len(models))
+    merged = lists.once("consensus_apply_many[cuda]", lambda: _Table.of(lists))
+    if merged.parts == 0:
         return
-    device = out[0].device
-    columns = [
-        lengths,
-        [0] * len(out) if base is None else [x.data_ptr() for x in base],
-        [x.data_ptr() for x in out],
-        [_signed(number) for number in tensor_ids],
-        _before(parts),
-        _before([max(1, -(-length // TIE_BLOCK)) for length in lengths]),
-        *([x.data_ptr() for x in one] for one in tensors),
-    ]
-    # One copy: the table, and how many parts each tensor has.
-    numbers = table([number for row in zip(*columns, strict=True) for number in row] + parts, device)
-    rows, counts = numbers[: len(columns) * len(out)], numbers[len(columns) * len(out) :]
-    # Each tensor's number as often as it has parts; told how many that are, nothing waits for the GPU.
-    tensor_of = torch.arange(len(out), dtype=torch.int32, device=device)
-    tensor_of = tensor_of.repeat_interleave(counts, output_size=sum(parts))
-    kept, _alive = given(replace(rule, tensor_id=0), len(tensors))
+    kept, _alive = given(replace(rule, tensor_id=0), len(models))
     compiled.consensus_apply_many(
         place(device),
         NOTHING if base is None else (1, CODES[base[0].dtype]),
         base is not None and inputs == "models",
         base is not None,
-        [(0, CODES[one[0].dtype]) for one in tensors],
+        [(0, CODES[one[0].dtype]) for one in models],
         CODES[compute],
         kept,
         _formula(weights, scales, election, zero_sign, divisor, divisor_value, lambda_, compute),
-        CODES[out[0].dtype],
-        rows.data_ptr(),
-        tensor_of.data_ptr(),
-        sum(parts),
-        part,
+        CODES[lists.out[0].dtype],
+        merged.rows.data_ptr(),
+        merged.tensor_of.data_ptr(),
+        merged.parts,
+        merged.part,
     )
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Many tensors as a merge finds them: a row for each, and which of them each part belongs to."""
+
+    rows: Tensor
+    tensor_of: Tensor
+    parts: int
+    part: int
+
+    @classmethod
+    def of(cls, lists: Lists) -> _Table:
+        """That of these lists; one copy."""
+        part = part_of(int(lists.lengths.sum()))
+        counts = (lists.lengths + (part - 1)) // part
+        parts = int(counts.sum())
+        addresses, ids = [lists.base_addresses, lists.out_addresses], words(lists.tensor_ids)
+        columns = [lists.lengths, *addresses, ids, before(counts), before(lists.blocks)]
+        rows = torch.cat((torch.stack(columns, dim=1), lists.model_addresses), dim=1).flatten()
+        there = table(torch.cat((rows, counts)), lists.device)
+        # Each tensor's number as often as it has parts; told how many that are, nothing waits for the GPU.
+        tensor_of = torch.arange(lists.tensors, dtype=torch.int32, device=lists.device)
+        tensor_of = tensor_of.repeat_interleave(there[len(rows) :], output_size=parts)
+        return cls(there[: len(rows)], tensor_of, parts, part)
 
 
 def part_of(numel: int) -> int:
     """How many elements a block takes, where there are so many in all; a divisor of a tie block."""
     return int(compiled.part_of(numel))
-
-
-def _signed(number: int) -> int:
-    """An unsigned 64-bit integer as the signed one with its bits."""
-    return (number & 0xFFFFFFFFFFFFFFFF) - ((number & 1 << 63) << 1)
-
-
-def _before(counts: list[int]) -> list[int]:
-    """For each how many the ones before have together."""
-    total = 0
-    sums = []
-    for count in counts:
-        sums.append(total)
-        total += count
-    return sums

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..lists import copied
+
 VARIABLE = "FASTMERGE_CUDA_EMULATED"
 
 EMULATED = os.environ.get(VARIABLE) == "1"
@@ -71,6 +73,4 @@ def table(values: list[int] | Tensor, device: torch.device) -> Tensor:
         for first in range(0, len(numbers), most):
             compiled.write_numbers(place(device), numbers[first : first + most], out.data_ptr() + 8 * first)
         return out
-    host = torch.as_tensor(values, dtype=torch.int64)
-    # Pinned memory is given back only when the copy has been made: PyTorch sees to it.
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    return copied(torch.as_tensor(values, dtype=torch.int64), device)

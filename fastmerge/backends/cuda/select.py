@@ -5,7 +5,7 @@ Thresholds stay on the GPU, from the first histogram to the mask: the host waits
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ...reference.select import hashed_mask
-from ..gpu import bounds_by_group, of_one_dtype
+from ..gpu import bounds_by_group
 from ..limits import TooManyModelsError
+from ..lists import Lists, addresses, before
 from ..rule import TIE_BLOCK
 from . import launch
-from .launch import CODES, NOTHING, address, compiled, place, ref
+from .launch import CODES, NOTHING, Ref, address, compiled, place, ref
 
 __all__ = [
     "abs_histogram",
@@ -87,51 +88,64 @@ class _Work:
         compute: torch.dtype,
         *,
         together: bool = False,
-        results: Sequence[tuple[int, int]] | None = None,
+    ) -> _Work:
+        """tensors: [T][n]. numbers: [T][2 n], each model's ranks, or a number, and 0."""
+        blocks = [_tie_blocks(row[0].numel()) for row in tensors]
+        there = None
+        if len(tensors) > 1:
+            n, each = len(tensors[0]), torch.tensor(blocks)
+            bases_at = torch.zeros_like(each) if bases is None else addresses(bases)
+            models_at = torch.stack([addresses(row) for row in tensors])
+            lengths = torch.tensor([row[0].numel() for row in tensors])
+            rows = _rows(models_at, bases_at, lengths, each, before(each), torch.arange(len(tensors)))
+            rows[:, n : 3 * n] = torch.tensor(numbers)
+            there = launch.table(torch.cat((_tensor_of(each), rows.flatten())), tensors[0][0].device)
+        # The address of one without elements would say that there is none.
+        base = NOTHING if bases is None else ref(max(bases, key=Tensor.numel))
+        return cls.described_by(
+            base, tensors[0], numbers[0], there, len(tensors), sum(blocks), kind, compute, together=together
+        )
+
+    @classmethod
+    def described_by(
+        cls,
+        base: Ref,
+        models: Sequence[Tensor],
+        numbers: Sequence[int],
+        there: Tensor | None,
+        tensors: int,
+        blocks: int,
+        kind: int,
+        compute: torch.dtype,
+        *,
+        together: bool = False,
         blocks_results: int | None = None,
     ) -> _Work:
-        """tensors: [T][n]. numbers: [T][2 n], each model's ranks, or a number, and 0. results: where these tensors are
-        in results that have more: [T] of the tensor's place and its first tie block there.
+        """So many tensors with a table, of whose base only the dtype counts; or the only one, `models`, without.
+
+        blocks_results: where results have more.
         """
-        models = tensors[0]
-        lengths = [row[0].numel() for row in tensors]
-        blocks = [_tie_blocks(numel) for numel in lengths]
         if len(models) > compiled.MOST_MODELS:
             raise TooManyModelsError(
                 f"the cuda backend takes up to {compiled.MOST_MODELS} models at once, not {len(models)}; "
                 'use backend="triton".'
             )
-        device = models[0].device
-        table = None
-        if len(tensors) > 1 or results is not None:
-            words: list[int] = []
-            before = 0
-            for t, row in enumerate(tensors):
-                base = 0 if bases is None else bases[t].data_ptr()
-                index, first = (t, before) if results is None else results[t]
-                words += [x.data_ptr() for x in row]
-                words += [*numbers[t], base, lengths[t], before, first, index]
-                before += blocks[t]
-            tensor_of = torch.arange(len(tensors)).repeat_interleave(torch.tensor(blocks))
-            table = launch.table(torch.cat((tensor_of, torch.tensor(words))), device)
         described = compiled.Work(
-            # The address of one without elements would say that there is none.
-            NOTHING if bases is None else ref(max(bases, key=Tensor.numel)),
-            bases is not None,
+            base,
+            base != NOTHING,
             [ref(x) for x in models],
-            lengths[0],
+            models[0].numel(),
             CODES[compute],
-            numbers[0],
-            address(table),
-            len(tensors),
-            sum(blocks),
-            sum(blocks) if blocks_results is None else blocks_results,
+            numbers,
+            address(there),
+            tensors,
+            blocks,
+            blocks if blocks_results is None else blocks_results,
             kind,
             together,
         )
-        return cls(
-            described, table, device, kind, 1 if together else len(tensors) * len(models), len(models), sum(blocks)
-        )
+        rows = 1 if together else tensors * len(models)
+        return cls(described, there, models[0].device, kind, rows, len(models), blocks)
 
     def choose(
         self, digit: tuple[int, int], state: Tensor, counts: Tensor, bounds: Tensor | None, magnitude: Tensor | None
@@ -140,6 +154,24 @@ class _Work:
         compiled.choose_digit(
             self.place, self.described, *digit, address(state), address(counts), address(bounds), address(magnitude)
         )
+
+
+def _rows(
+    models: Tensor, bases: Tensor, lengths: Tensor, blocks: Tensor, first_results: Tensor, index: Tensor
+) -> Tensor:
+    """The table of tensors, a row for each, in which ranks are yet to be written after the models' addresses.
+
+    models: int64[T, n], addresses. bases: int64[T]. first_results, index: each tensor's first tie block and its place
+    in results that have more tensors.
+    """
+    ranks = torch.zeros(len(models), 2 * models.shape[1], dtype=torch.int64)
+    others = torch.stack([bases, lengths, before(blocks), first_results, index], dim=1)
+    return torch.cat((models, ranks, others), dim=1)
+
+
+def _tensor_of(blocks: Tensor) -> Tensor:
+    """Each tensor's number as often as it has tie blocks."""
+    return torch.arange(len(blocks)).repeat_interleave(blocks)
 
 
 def _state(work: _Work) -> tuple[Tensor, Tensor]:
@@ -173,41 +205,19 @@ def _large_bounds(work: _Work, ranks: int, bounds: Tensor, ties_before: Tensor) 
 
 
 def _bounds(
-    bases: Sequence[Tensor] | None,
-    tensors: Sequence[Sequence[Tensor]],
-    first: Sequence[Sequence[int]],
-    last: Sequence[Sequence[int]],
-    compute: torch.dtype,
+    base: Tensor | None, models: list[Tensor], first: list[int], last: list[int], compute: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`magnitude_bounds_many` of tensors whose keys are of one kind."""
-    models, device = tensors[0], tensors[0][0].device
-    kind = _kind(None if bases is None else bases[0], models, compute)
-    lengths = [row[0].numel() for row in tensors]
-    ranks = [[rank for pair in zip(*both) for rank in pair] for both in zip(first, last)]
-    begins = [0]
-    for numel in lengths:
-        begins.append(begins[-1] + _tie_blocks(numel))
-    bounds = torch.empty(len(tensors), len(models), 2, 2, dtype=torch.int64, device=device)
-    ties_before = torch.empty(len(models), 2, begins[-1], dtype=torch.int64, device=device)
-    small = [t for t, numel in enumerate(lengths) if numel <= SMALL]
-    large = [t for t, numel in enumerate(lengths) if numel > SMALL]
-    for part in (large, small):
-        if not part:
-            continue
-        work = _Work.of(
-            None if bases is None else [bases[t] for t in part],
-            [tensors[t] for t in part],
-            [ranks[t] for t in part],
-            kind,
-            compute,
-            results=None if len(tensors) == 1 else [(t, begins[t]) for t in part],
-            blocks_results=begins[-1],
-        )
-        if part is small:
-            compiled.bounds_of_small(work.place, work.described, address(bounds), address(ties_before))
-        else:
-            both = any(0 < rank < lengths[t] for t in part for rank in first[t])
-            _large_bounds(work, 2 if both else 1, bounds, ties_before)
+    """`magnitude_bounds` of models whose keys are of one kind."""
+    device, numel = models[0].device, models[0].numel()
+    bases = None if base is None else [base]
+    ranks = [rank for pair in zip(first, last) for rank in pair]
+    work = _Work.of(bases, [models], [ranks], _kind(base, models, compute), compute)
+    bounds = torch.empty(len(models), 2, 2, dtype=torch.int64, device=device)
+    ties_before = torch.empty(len(models), 2, work.blocks, dtype=torch.int64, device=device)
+    if numel <= SMALL:
+        compiled.bounds_of_small(work.place, work.described, address(bounds), address(ties_before))
+    else:
+        _large_bounds(work, 2 if any(0 < rank < numel for rank in first) else 1, bounds, ties_before)
     return bounds, ties_before
 
 
@@ -215,33 +225,81 @@ def magnitude_bounds(
     base: Tensor | None, tensors: list[Tensor], first: list[int], last: list[int], compute: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The cuts at two ranks of each model's delta; see `fastmerge.ops.magnitude_bounds`."""
-    bases = None if base is None else [base]
     kinds = [_kind(base, [x], compute) for x in tensors]
     groups = [[i for i, kind in enumerate(kinds) if kind == wanted] for wanted in dict.fromkeys(kinds)]
 
     def bounds_of(models: list[Tensor], first: list[int], last: list[int]) -> tuple[Tensor, Tensor]:
-        bounds, ties_before = _bounds(bases, [models], [first], [last], compute)
-        return bounds[0], ties_before
+        return _bounds(base, models, first, last, compute)
 
     return bounds_by_group(bounds_of, groups, tensors, first, last)
 
 
 def magnitude_bounds_many(
-    base: list[Tensor] | None,
-    tensors: list[list[Tensor]],
-    first: list[list[int]],
-    last: list[list[int]],
-    compute: torch.dtype,
+    lists: Lists, ranks: Tensor, inside: Sequence[bool], compute: torch.dtype, *, subtract: bool
 ) -> tuple[Tensor, Tensor]:
     """`magnitude_bounds` of many tensors by as many launches as for two.
 
-    base: T tensors. tensors: for each of n models its T tensors; contiguous. first, last: [T][n] ranks.
+    ranks: int64[T, n, 2], each model's first and last, on the host, or where the lists are if these are kept. inside:
+    for each of the 2 n whether any may be more than 0 and less than its tensor's length. subtract: deltas from the
+    bases are ranked.
     Returns bounds int64[T, n, 2, 2] and ties_before int64[n, 2, blocks], in which the blocks of a tensor, max(1,
     ceil(N / 65536)), follow those of the one before.
     Errors: ValueError where the models, or the bases, do not have a single dtype; take the tensors one by one then.
     """
-    of_one_dtype(base, tensors)
-    return _bounds(base, list(zip(*tensors)), first, last, compute)
+    lists.need_uniform()
+    n, device = len(lists.models), lists.device
+    bases = lists.base if subtract else None
+    models = [model[0] for model in lists.models]
+    kind = _kind(bases[0] if bases else None, models, compute)
+    base = (1, CODES[bases[0].dtype]) if bases else NOTHING
+    blocks = int(lists.blocks.sum())
+    bounds = torch.empty(lists.tensors, n, 2, 2, dtype=torch.int64, device=device)
+    ties_before = torch.empty(n, 2, blocks, dtype=torch.int64, device=device)
+    for part in lists.once(("magnitude_bounds_many[cuda]", subtract), lambda: list(_parts(lists, subtract))):
+        own = ranks if part.which is None else ranks[part.which]
+        # The next merge may have other ranks while this one is still under way.
+        table = part.table.clone() if lists.kept else part.table
+        table[part.blocks :].view(part.tensors, -1)[:, n : 3 * n] = own.flatten(1)
+        if not lists.kept:
+            table = launch.table(table, device)
+        work = _Work.described_by(
+            base, models, [0] * (2 * n), table, part.tensors, part.blocks, kind, compute, blocks_results=blocks
+        )
+        if part.small:
+            compiled.bounds_of_small(work.place, work.described, address(bounds), address(ties_before))
+        else:
+            _large_bounds(work, 2 if any(inside[::2]) else 1, bounds, ties_before)
+    return bounds, ties_before
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Tensors of lists that go the same way. which: their places, None for all; table: theirs, without ranks."""
+
+    table: Tensor
+    which: Tensor | None
+    tensors: int
+    blocks: int
+    small: bool
+
+
+def _parts(lists: Lists, subtract: bool) -> Iterator[_Part]:
+    """The large tensors of lists, and the small ones; where the lists are kept, so are their tables on the device."""
+    blocks = lists.blocks
+    first_results = before(blocks)
+    few_elements = lists.lengths <= SMALL
+    bases = lists.base_addresses if subtract else torch.zeros_like(lists.lengths)
+    for small in (False, True):
+        which = (few_elements == small).nonzero().flatten()
+        if len(which) == 0:
+            continue
+        own = blocks[which]
+        rows = _rows(lists.model_addresses[which], bases[which], lists.lengths[which], own, first_results[which], which)
+        table = torch.cat((_tensor_of(own), rows.flatten()))
+        every = len(which) == lists.tensors
+        if lists.kept:
+            table, which = launch.table(table, lists.device), launch.table(which, lists.device)
+        yield _Part(table, None if every else which, len(own), int(own.sum()), small)
 
 
 def _shards(shards: Sequence[Tensor], kind: int, k: int) -> _Work:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..._triton import consensus as kernels
-from ..gpu import for_whole_tensors, of_one_dtype, rounded
+from ..gpu import rounded
+from ..lists import Lists, before, copied, for_whole_tensors, multiple_of, signed, words
 from ..rule import TIE_BLOCK, SparsifyRule
-from .launch import CODES, block, copied, flat, float_bits, launch, table, tiles
-from .sparsify import BY_VALUE, METHODS, PIECE, TYPES, Given, Words, alignment, decided, padded, usable
+from .launch import CODES, block, flat, float_bits, launch, table, tiles
+from .sparsify import BY_VALUE, METHODS, PIECE, TYPES, Given, alignment, decided, padded, usable
 
 __all__ = ["consensus_apply", "consensus_apply_many"]
 
@@ -155,13 +156,11 @@ def consensus_apply(
 
 
 def consensus_apply_many(
-    base: list[Tensor] | None,
-    tensors: list[list[Tensor]],
+    lists: Lists,
     weights: list[float],
     *,
     inputs: str,
     rule: SparsifyRule,
-    tensor_ids: list[int],
     scales: list[float],
     election: str,
     zero_sign: str,
@@ -169,28 +168,22 @@ def consensus_apply_many(
     divisor_value: float,
     lambda_: float,
     compute: torch.dtype,
-    out: list[Tensor],
 ) -> None:
-    """`consensus_apply` of many whole tensors, in one launch where there are at most eight models.
+    """`consensus_apply` of many whole tensors into the lists' results, in one launch where there are up to 8 models.
 
-    base, out: T tensors. tensors: for each of n models its T tensors; contiguous. rule: "none", "bernoulli", or "band"
-    with bounds int64[T, n, 2, 2] and ties_before int64[n, 2, blocks], in which the blocks of a tensor, max(1,
-    ceil(N / 65536)), follow those of the one before. tensor_ids: each tensor's, instead of the rule's.
+    rule: "none", "bernoulli", or "band" with bounds int64[T, n, 2, 2] and ties_before int64[n, 2, blocks], in which
+    the blocks of a tensor, max(1, ceil(N / 65536)), follow those of the one before. Each tensor's number is that of the
+    lists instead of the rule's.
     Errors: ValueError where the bases, the models or the results do not have a single dtype, or the rule is another;
     take the tensors one by one then.
     """
-    of_one_dtype(base, tensors, out)
+    lists.need_uniform()
     for_whole_tensors(rule)
-    blocks = [max(1, tiles(x.numel(), TIE_BLOCK)) for x in out]
-    if len(tensors) > BY_VALUE:
+    if len(lists.models) > BY_VALUE:
         _one_by_one(
-            base,
-            tensors,
+            lists,
             weights,
             rule,
-            tensor_ids,
-            blocks,
-            out,
             inputs=inputs,
             scales=scales,
             election=election,
@@ -201,38 +194,23 @@ def consensus_apply_many(
             compute=compute,
         )
         return
+    lists = _usable(lists)
+    base, models, out = lists.base, lists.models, lists.out
+    assert out is not None
     formula = _Formula.of(
         base is not None, weights, inputs, scales, election, zero_sign, divisor, divisor_value, lambda_, compute
     )
-    given = Given.of(rule, len(tensors))
-    bases = None if base is None else [usable(x) for x in base]
-    models = [[usable(x) for x in one] for one in tensors]
-    everything = [*(bases or []), *(x for one in models for x in one), *out]
-    listed: list[int] = []
-    programs = [tiles(x.numel(), formula.constants["SPAN"]) for x in out]
-    program = first_block = 0
-    for t, target in enumerate(out):
-        words = Words.of(replace(rule, tensor_id=tensor_ids[t]))
-        listed += [program, target.numel(), words.key, words.tensor_low, first_block]
-        listed += [
-            0 if bases is None else bases[t].data_ptr(),
-            target.data_ptr(),
-            *(one[t].data_ptr() for one in models),
-        ]
-        program += programs[t]
-        first_block += blocks[t]
-    if program == 0:
+    given = Given.of(rule, len(models))
+    span = formula.constants["SPAN"]
+    merged = lists.once(("consensus_apply_many[triton]", span), lambda: _Table.of(lists, span))
+    if merged.programs == 0:
         return
-    device = out[0].device
-    # Each tensor's number as often as it has programs; told how many that are, nothing waits for the GPU.
-    counts = copied(torch.tensor(programs), device)
-    numbers = torch.arange(len(out), dtype=torch.int32, device=device)
     launch(
         kernels.merge_tensors,
-        (program,),
-        device,
-        table(listed, device),
-        numbers.repeat_interleave(counts, output_size=program),
+        (merged.programs,),
+        lists.device,
+        merged.listed(rule.seed if rule.method == "bernoulli" else 0),
+        merged.tensor_of,
         formula.weights,
         formula.scales,
         given.tensors,
@@ -242,31 +220,71 @@ def consensus_apply_many(
         formula.lambda_,
         registers=64 if given.method == METHODS["band"] else None,
         METHOD=given.method,
-        ALIGN=alignment(*everything),
+        ALIGN=merged.align,
         DTYPE=TYPES[models[0][0].dtype],
-        BASE_DTYPE=TYPES[models[0][0].dtype if bases is None else bases[0].dtype],
+        BASE_DTYPE=TYPES[models[0][0].dtype if base is None else base[0].dtype],
         OUT_DTYPE=TYPES[out[0].dtype],
         **formula.constants,
     )
 
 
-def _one_by_one(
-    base: list[Tensor] | None,
-    tensors: list[list[Tensor]],
-    weights: list[float],
-    rule: SparsifyRule,
-    tensor_ids: list[int],
-    blocks: list[int],
-    out: list[Tensor],
-    **settings: Any,
-) -> None:
+@dataclass(frozen=True)
+class _Table:
+    """Many tensors as a merge finds them: a row for each, and which of them each program works for."""
+
+    rows: Tensor
+    tensor_of: Tensor
+    programs: int
+    align: int
+
+    @classmethod
+    def of(cls, lists: Lists, span: int) -> _Table:
+        """That of these lists, of which a program takes `span` elements."""
+        counts = (lists.lengths + (span - 1)) // span
+        programs = int(counts.sum())
+        # A word's key is the seed, its high half mixed with that of the tensor's number.
+        ids = words(lists.tensor_ids)
+        low = ids & 0xFFFFFFFF
+        addressed = lists.base_addresses, lists.out_addresses, lists.model_addresses
+        columns = [before(counts), lists.lengths, ids - low, low, before(lists.blocks), *addressed[:2]]
+        rows = torch.cat((torch.stack(columns, dim=1), lists.model_addresses), dim=1)
+        there = table(rows.flatten(), lists.device)
+        # Each tensor's number as often as it has programs; told how many that are, nothing waits for the GPU.
+        tensor_of = torch.arange(lists.tensors, dtype=torch.int32, device=lists.device)
+        tensor_of = tensor_of.repeat_interleave(copied(counts, lists.device), output_size=programs)
+        together = multiple_of(*addressed)
+        # So few, since kernels are compiled for each.
+        align = together if together >= 8 else 1
+        return cls(there[: rows.numel()].view(rows.shape), tensor_of, programs, align)
+
+    def listed(self, seed: int) -> Tensor:
+        """The rows, with the keys of this seed."""
+        if seed == 0:
+            return self.rows
+        # The next merge may have another seed while this one is still under way.
+        rows = self.rows.clone()
+        rows[:, 2] ^= signed(seed)
+        return rows
+
+
+def _usable(lists: Lists) -> Lists:
+    """Lists that a GPU can load: with copies of inputs whose addresses are no multiples of their elements'."""
+    based = lists.base is None or multiple_of(lists.base_addresses) >= lists.base[0].element_size()
+    if based and multiple_of(lists.model_addresses) >= lists.models[0][0].element_size():
+        return lists
+    base = None if lists.base is None else [usable(x) for x in lists.base]
+    return Lists(base, [[usable(x) for x in one] for one in lists.models], lists.out, lists.tensor_ids)
+
+
+def _one_by_one(lists: Lists, weights: list[float], rule: SparsifyRule, **settings: Any) -> None:
     """`consensus_apply_many`, by a launch for each tensor."""
+    assert lists.out is not None
     first = 0
-    for t, target in enumerate(out):
-        own = replace(rule, tensor_id=tensor_ids[t])
+    for t, (target, blocks) in enumerate(zip(lists.out, lists.blocks.tolist())):
+        own = replace(rule, tensor_id=lists.tensor_ids[t])
         if rule.bounds is not None and rule.ties_before is not None:
-            ties_before = rule.ties_before[:, :, first : first + blocks[t]]
+            ties_before = rule.ties_before[:, :, first : first + blocks]
             own = replace(own, bounds=rule.bounds[t], ties_before=ties_before.contiguous())
-        first += blocks[t]
-        models = [one[t] for one in tensors]
-        consensus_apply(None if base is None else base[t], models, weights, rule=own, out=target, **settings)
+        first += blocks
+        base = None if lists.base is None else lists.base[t]
+        consensus_apply(base, [one[t] for one in lists.models], weights, rule=own, out=target, **settings)

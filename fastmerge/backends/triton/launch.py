@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from ..._triton import numbers, tables
+from ..lists import copied
 from . import interpreting
 
 INTERPRETED = not isinstance(numbers.widen, JITFunction)
@@ -91,28 +92,21 @@ def intercepted(interceptor: _Interceptor) -> Iterator[None]:
         _interceptor = before
 
 
-def table(values: Sequence[int], device: torch.device) -> Tensor:
+def table(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
     """int64 numbers in the device's memory, without waiting for it.
 
     For what a launch needs to know of a few tensors: addresses, lengths, float bits. A launch writes 16 numbers, and
     graphs can capture it. More than LONG_TABLE numbers are copied.
     """
     if len(values) > LONG_TABLE:
-        return copied(torch.tensor(values, dtype=torch.int64), device)
+        return copied(torch.as_tensor(values, dtype=torch.int64), device)
+    values = values.tolist() if isinstance(values, Tensor) else values
     rows = max(1, tiles(len(values), tables.ROW))
     out = torch.empty(rows * tables.ROW, dtype=torch.int64, device=device)
     padded = [*values, *[0] * (rows * tables.ROW - len(values))]
     for first in range(0, len(padded), tables.ROW):
         launch(tables.write_row, (1,), device, out[first:], *padded[first : first + tables.ROW], num_warps=1)
     return out
-
-
-def copied(host: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host in the device's memory, copied while the host goes on."""
-    if device.type == "cpu":
-        return host
-    # Pinned memory is given back only when the copy has been made: PyTorch sees to it.
-    return host.pin_memory().to(device, non_blocking=True)
 
 
 def float_bits(value: float) -> int:

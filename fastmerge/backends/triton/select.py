@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..._triton import select as kernels
 from ...reference.select import hashed_mask
-from ..gpu import bounds_by_group, of_one_dtype
+from ..gpu import bounds_by_group
+from ..lists import Lists, addresses, before, copied, multiple_of
 from ..rule import TIE_BLOCK
-from .launch import CODES, aligned, block, copied, launch, table, tiles
+from .launch import CODES, aligned, block, launch, table, tiles
 
 __all__ = [
     "abs_histogram",
@@ -87,17 +88,24 @@ def _tile(x: Tensor, default: int = BLOCK) -> int:
 
 @dataclass(frozen=True)
 class _Descent:
-    """What the launches that find ranks in tensors of one dtype share; the table is described in the kernels' file."""
+    """What the launches that find ranks in tensors of one dtype share; the table is described in the kernels' file.
+
+    bases, x: the first base, if there is one, and the first model's first tensor. aligned: every address is a multiple
+    of 16. tensor_of: where there are several tensors.
+    """
 
     numbers: Tensor
     tensor_of: Tensor | None
-    bases: Sequence[Tensor] | None
-    tensors: Sequence[Sequence[Tensor]]
+    base: Tensor | None
+    x: Tensor
+    aligned: bool
+    tensors: int
+    models: int
     slots: int
     blocks: int
     kind: int
     compute: torch.dtype
-    together: bool
+    together: bool = False
 
     @classmethod
     def of(
@@ -110,38 +118,39 @@ class _Descent:
         together: bool = False,
     ) -> _Descent:
         """tensors: [T][n]. ranks: [T][2 n], for each model the first and the last; `together`: only the very first."""
-        device = tensors[0][0].device
-        lengths = [models[0].numel() for models in tensors]
-        slots = range(len(ranks[0]))
-        cut = [s for s in slots if any(0 < row[s] < numel for row, numel in zip(ranks, lengths))]
-        active = [0] if together else cut
-        values = active + [s for s in slots if s not in active]
-        total = 0
-        for t, models in enumerate(tensors):
-            values += [x.data_ptr() for x in models]
-            values += ranks[t]
-            if len(tensors) > 1:
-                values += [0 if bases is None else bases[t].data_ptr(), lengths[t], total]
-            total += _tie_blocks(lengths[t])
-        tensor_of = None
-        if len(tensors) > 1:
-            counts = torch.tensor([_tie_blocks(numel) for numel in lengths])
-            order = torch.arange(len(tensors), dtype=torch.int32)
-            tensor_of = copied(order.repeat_interleave(counts), device)
-        return cls(table(values, device), tensor_of, bases, tensors, len(active), total, kind, compute, together)
+        x, n = tensors[0][0], len(tensors[0])
+        lengths = torch.tensor([models[0].numel() for models in tensors])
+        models_at = torch.stack([addresses(models) for models in tensors])
+        bases_at = torch.zeros_like(lengths) if bases is None else addresses(bases)
+        given = torch.tensor(ranks).view(len(tensors), 2 * n)
+        inside = ((given > 0) & (given < lengths[:, None])).any(dim=0).tolist()
+        active = [True, *[False] * (2 * n - 1)] if together else inside
+        rows = _rows(models_at, bases_at, lengths)
+        rows[:, n : 3 * n] = given
+        numbers = table(torch.cat((_slots(active), rows.flatten())), x.device)
+        return cls(
+            numbers,
+            _tensor_of(lengths, x.device),
+            None if bases is None else bases[0],
+            x,
+            multiple_of(models_at, bases_at) == 16,
+            len(tensors),
+            n,
+            sum(active),
+            int(_blocks(lengths).sum()),
+            kind,
+            compute,
+            together,
+        )
 
     @property
     def device(self) -> torch.device:
-        return self.tensors[0][0].device
-
-    @property
-    def models(self) -> int:
-        return len(self.tensors[0])
+        return self.x.device
 
     @property
     def numel(self) -> int:
         """The number of elements, where there is a single tensor."""
-        return self.tensors[0][0].numel()
+        return self.x.numel()
 
     @property
     def last_digit(self) -> tuple[int, int]:
@@ -149,23 +158,16 @@ class _Descent:
         digits = _DIGITS[self.kind]
         return len(digits) - 1, digits[-1][1]
 
-    @property
-    def chunked(self) -> bool:
-        """Whether there are several tensors."""
-        return self.tensor_of is not None
-
     def sweep(self, place: int, state: Tensor, counts: Tensor, found: Tensor | None = None) -> None:
         """Count the digit at this place of all keys that begin as their rows' state says; `found` is for the last."""
         shift, width = _DIGITS[self.kind][place]
-        x = self.tensors[0][0]
-        everything = [x for models in self.tensors for x in models] + list(self.bases or [])
         launch(
             kernels.count_digit,
             (self.blocks * self.slots,),
             self.device,
             self.numbers,
             self.numbers if self.tensor_of is None else self.tensor_of,
-            self.numbers if self.bases is None else self.bases[0],
+            self.numbers if self.base is None else self.base,
             state,
             counts,
             counts if found is None else found,
@@ -174,23 +176,23 @@ class _Descent:
             self.numel,
             self.blocks,
             num_warps=WARPS,
-            X=_TYPES[x.dtype],
-            HAS_BASE=self.bases is not None,
+            X=_TYPES[self.x.dtype],
+            HAS_BASE=self.base is not None,
             COMPUTE=CODES[self.compute],
             KIND=self.kind,
             SHIFT=shift,
             WIDTH=width,
             FIRST=place == 0,
             KEPT=found is not None,
-            CHUNKED=self.chunked,
+            CHUNKED=self.tensor_of is not None,
             TOGETHER=self.together,
-            ALIGNED=aligned(everything),
-            BLOCK=_tile(x, BLOCK if found is None else SHORT_BLOCK),
+            ALIGNED=self.aligned,
+            BLOCK=_tile(self.x, BLOCK if found is None else SHORT_BLOCK),
         )
 
     def descend(self, place: int, state: Tensor, counts: Tensor) -> None:
         """Choose the digit at this place for each row."""
-        rows = 1 if self.together else len(self.tensors)
+        rows = 1 if self.together else self.tensors
         launch(
             kernels.descend,
             (rows * self.slots,),
@@ -205,18 +207,38 @@ class _Descent:
         )
 
 
-def _bounds(
-    bases: Sequence[Tensor] | None,
-    tensors: Sequence[Sequence[Tensor]],
-    first: Sequence[Sequence[int]],
-    last: Sequence[Sequence[int]],
-    compute: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """`magnitude_bounds_many` of tensors whose dtypes have been checked."""
-    x = tensors[0][0]
-    ranks = [[rank for pair in zip(*both) for rank in pair] for both in zip(first, last)]
-    descent = _Descent.of(bases, tensors, ranks, _kind(None if bases is None else x, x.dtype, compute), compute)
-    count, models = len(tensors), len(tensors[0])
+def _blocks(lengths: Tensor) -> Tensor:
+    """How many tie blocks tensors of these lengths have."""
+    return ((lengths + (TIE_BLOCK - 1)) // TIE_BLOCK).clamp(min=1)
+
+
+def _slots(active: Sequence[bool]) -> Tensor:
+    """The ranks that are looked for, then the others."""
+    slots = range(len(active))
+    return torch.tensor([s for s in slots if active[s]] + [s for s in slots if not active[s]])
+
+
+def _rows(models: Tensor, bases: Tensor, lengths: Tensor) -> Tensor:
+    """The table of tensors, a row for each, in which ranks are yet to be written after the models' addresses.
+
+    models: int64[T, n]. bases, lengths: int64[T].
+    """
+    columns = [models, torch.zeros(len(models), 2 * models.shape[1], dtype=torch.int64)]
+    if len(models) > 1:
+        columns.append(torch.stack([bases, lengths, before(_blocks(lengths))], dim=1))
+    return torch.cat(columns, dim=1)
+
+
+def _tensor_of(lengths: Tensor, device: torch.device) -> Tensor | None:
+    """Each tensor's number as often as it has tie blocks; nothing for a single one."""
+    if len(lengths) == 1:
+        return None
+    return copied(torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(_blocks(lengths)), device)
+
+
+def _bounds(descent: _Descent) -> tuple[Tensor, Tensor]:
+    """Bounds int64[T, n, 2, 2], and the ties before blocks, of tensors whose dtypes have been checked."""
+    x, count, models = descent.x, descent.tensors, descent.models
     # Each row's prefix and remaining rank; not read before it is written, nor where there is nothing to find.
     state = torch.empty(count * 2 * models, 2, dtype=torch.int64, device=x.device)
     counts = torch.zeros(count * 2 * models, 256, dtype=torch.int64, device=x.device)
@@ -243,7 +265,7 @@ def _bounds(
         descent.blocks,
         KIND=descent.kind,
         WIDTH=width,
-        CHUNKED=descent.chunked,
+        CHUNKED=descent.tensor_of is not None,
         BLOCK=min(SETTLED, block(SETTLED)),
     )
     return bounds, ties_before
@@ -257,28 +279,65 @@ def magnitude_bounds(
     groups = list(_groups(tensors))
 
     def bounds_of(models: list[Tensor], first: list[int], last: list[int]) -> tuple[Tensor, Tensor]:
-        bounds, ties_before = _bounds(bases, [models], [first], [last], compute)
+        ranks = [rank for pair in zip(first, last) for rank in pair]
+        kind = _kind(base, models[0].dtype, compute)
+        bounds, ties_before = _bounds(_Descent.of(bases, [models], [ranks], kind, compute))
         return bounds[0], ties_before
 
     return bounds_by_group(bounds_of, groups, tensors, first, last)
 
 
 def magnitude_bounds_many(
-    base: list[Tensor] | None,
-    tensors: list[list[Tensor]],
-    first: list[list[int]],
-    last: list[list[int]],
-    compute: torch.dtype,
+    lists: Lists, ranks: Tensor, inside: Sequence[bool], compute: torch.dtype, *, subtract: bool
 ) -> tuple[Tensor, Tensor]:
     """`magnitude_bounds` of many tensors by as many launches as for one.
 
-    base: T tensors. tensors: for each of n models its T tensors; contiguous. first, last: [T][n] ranks.
+    ranks: int64[T, n, 2], each model's first and last, on the host, or where the lists are if these are kept. inside:
+    for each of the 2 n whether any may be more than 0 and less than its tensor's length. subtract: deltas from the
+    bases are ranked.
     Returns bounds int64[T, n, 2, 2] and ties_before int64[n, 2, blocks], in which the blocks of a tensor, max(1,
     ceil(N / 65536)), follow those of the one before.
     Errors: ValueError where the models, or the bases, do not have a single dtype; take the tensors one by one then.
     """
-    of_one_dtype(base, tensors)
-    return _bounds(base, list(zip(*tensors)), first, last, compute)
+    lists.need_uniform()
+    x, n, device = lists.models[0][0], len(lists.models), lists.device
+    base = lists.base[0] if lists.base is not None and subtract else None
+    ready = lists.once(("magnitude_bounds_many[triton]", subtract), lambda: _Ready.of(lists, subtract))
+    slots, rows = _slots(inside), ready.rows
+    if lists.kept:
+        # The next merge may have other ranks while this one is still under way.
+        numbers = torch.cat((table(slots, device)[: 2 * n], rows.flatten()))
+    else:
+        numbers = torch.cat((slots, rows.flatten()))
+    numbers[2 * n :].view(rows.shape)[:, n : 3 * n] = ranks.flatten(1)
+    if not lists.kept:
+        numbers = table(numbers, device)
+    kind = _kind(base, x.dtype, compute)
+    return _bounds(
+        _Descent(
+            numbers, ready.tensor_of, base, x, ready.aligned, lists.tensors, n, sum(inside), ready.blocks, kind, compute
+        )
+    )
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """Many tensors before their ranks are known: the table's rows, where the lists are if these are kept."""
+
+    rows: Tensor
+    tensor_of: Tensor | None
+    aligned: bool
+    blocks: int
+
+    @classmethod
+    def of(cls, lists: Lists, subtract: bool) -> _Ready:
+        """That of these lists."""
+        bases = lists.base_addresses if subtract else torch.zeros_like(lists.lengths)
+        rows = _rows(lists.model_addresses, bases, lists.lengths)
+        if lists.kept:
+            rows = table(rows.flatten(), lists.device)[: rows.numel()].view(rows.shape)
+        together = multiple_of(lists.model_addresses, bases)
+        return cls(rows, _tensor_of(lists.lengths, lists.device), together == 16, int(lists.blocks.sum()))
 
 
 def kth_magnitude(shards: list[Tensor], k: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..._triton import exact
 from ..._triton import sparsify as kernels
 from ...reference import random
+from ..lists import signed
 from ..rule import L1_LIMBS, TIE_BLOCK, SparsifyRule
 from .launch import CODES, INTERPRETED, block, flat, launch, table, tiles
 
@@ -74,11 +75,6 @@ def alignment(*tensors: Tensor | None) -> int:
 def padded(values: Sequence[Any], filler: Any) -> list[Any]:
     """As many values as a kernel takes by value."""
     return [*values, *[filler] * (BY_VALUE - len(values))]
-
-
-def signed(number: int) -> int:
-    """An unsigned 64-bit integer as the signed one with its bits."""
-    return (number & 0xFFFFFFFFFFFFFFFF) - ((number & 1 << 63) << 1)
 
 
 def draw(purpose: int, position: int, limit: int) -> int:
