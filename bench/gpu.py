@@ -96,8 +96,20 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
+def save(report: dict[str, Any], path: Path | None) -> None:
+    """Write what is known so far: whole or not at all, whenever it is stopped."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(f"{path.name}.part")
+    written.write_text(json.dumps(report, indent=1) + "\n")
+    written.replace(path)
+
+
 def main(given: list[str] | None = None) -> int:
-    """Run it; 0 when every result was right."""
+    """Run it; 0 when every result was right. An interrupt, which is how a time limit comes, costs only the row that was
+    being made.
+    """
     options = arguments(given)
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
@@ -118,6 +130,7 @@ def main(given: list[str] | None = None) -> int:
         "rows": [],
         "skipped": [],
     }
+    save(report, options.json)
     for name in options.only:
         if options.seconds is not None and time.perf_counter() - began > options.seconds:
             report["skipped"].append(name)
@@ -127,19 +140,25 @@ def main(given: list[str] | None = None) -> int:
         try:
             for row in PARTS[name](bench):
                 report["rows"].append({"part": name, **row})
+                save(report, options.json)
                 print(render(row), flush=True)
+        except KeyboardInterrupt:
+            report["interrupted"] = name
+            break
         except Exception as error:  # what one part cannot do must not cost the others' figures
             message = f"{type(error).__name__}: {error}"
             report["rows"].append({"part": name, "benchmark": name, "case": "-", "problem": message})
             print(render(report["rows"][-1]), flush=True)
         report.setdefault("part_seconds", {})[name] = time.perf_counter() - start
-        if options.json is not None:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(report, indent=1) + "\n")
+        save(report, options.json)
+    save(report, options.json)
     red = [row for row in report["rows"] if row.get("problem") is not None]
     missed = sum(below(row) for row in report["rows"])
     skipped = ", ".join(report["skipped"]) or "nothing"
     print(f"{len(report['rows'])} rows, {len(red)} red, {missed} figures below a bar; skipped: {skipped}")
+    if "interrupted" in report:
+        print(f"interrupted in {report['interrupted']}; what was measured before is kept", file=sys.stderr)
+        return 130
     return 1 if red else 0
 
 

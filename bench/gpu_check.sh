@@ -85,24 +85,50 @@ if has xdist; then
     workers=(-n 8 --dist worksteal)
 fi
 
+# Not every shell that nvcc was installed for knows where.
+if ! command -v nvcc >/dev/null; then
+    for folder in "${CUDA_HOME:-/usr/local/cuda}/bin" /usr/local/cuda/bin; do
+        if [ -x "$folder/nvcc" ]; then
+            export PATH="$PATH:$folder"
+            break
+        fi
+    done
+fi
+
 environment() {
     if command -v nvidia-smi >/dev/null; then
         nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit --format=csv
     else
         echo "nvidia-smi: not here"
     fi
+    nvcc --version | tail -n 2 || echo "nvcc: not here"
+    # All in one process: to import torch from a cold disk takes long.
     "$python" - <<'PYTHON'
-import importlib.metadata, platform, sys
+import importlib.metadata, platform, runpy, sys
+print("python", platform.python_version(), sys.executable, flush=True)
+needed = {
+    "the build": ("setuptools", "pybind11"),
+    "merges": ("torch", "triton", "numpy", "safetensors", "pydantic", "blake3", "pyyaml", "huggingface_hub"),
+    "the command line": ("typer", "rich"),
+    "the tests": ("pytest", "hypothesis"),
+    "drawn tests in time": ("pytest-xdist",),
+}
+missing = []
+for purpose, names in needed.items():
+    for name in names:
+        try:
+            version = importlib.metadata.version(name)
+            print(name, version)
+            if name == "setuptools" and int(version.split(".")[0]) < 77:
+                missing.append("setuptools 77 or newer for the build")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(f"{name} for {purpose}")
+print("MISSING:", ", ".join(missing) or "nothing", flush=True)
 import torch
-print("python", platform.python_version(), sys.executable)
-for name in ("torch", "triton", "numpy", "pytest", "hypothesis", "safetensors", "pydantic", "blake3", "pybind11"):
-    try:
-        print(name, importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        print(name, "missing")
-print("cuda", torch.version.cuda, "available", torch.cuda.is_available())
+print("cuda", torch.version.cuda, "available", torch.cuda.is_available(), flush=True)
+sys.argv = ["fastmerge", "env"]
+runpy.run_module("fastmerge", run_name="__main__")
 PYTHON
-    "$python" -m fastmerge env
 }
 
 gpu_tests() {
@@ -133,23 +159,27 @@ kept() {
 export -f environment sanitized kept
 export python dry sanitizer
 
-step environment 20 environment
+step environment 45 environment
 if [ "$dry" = 1 ]; then
-    step build 30 "$python" setup.py --version
+    step build-cpu 30 env FASTMERGE_CUDA=0 "$python" setup.py --version
+    step build-cuda 30 env FASTMERGE_CPU=0 "$python" setup.py --version
 else
     # For this GPU alone: another would take the longer list of setup.py.
     capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2>/dev/null || echo 90)
     [ "$capability" != 90 ] || capability=90a
-    step build 80 env FASTMERGE_CPU=1 FASTMERGE_CUDA_ARCHITECTURES="$capability" "$python" setup.py -q build_ext --inplace
+    # Each by itself, so that one that fails leaves the other.
+    build=("$python" setup.py -q build_ext --inplace)
+    step build-cpu 35 env FASTMERGE_CPU=1 FASTMERGE_CUDA=0 "${build[@]}"
+    step build-cuda 45 env FASTMERGE_CPU=0 FASTMERGE_CUDA=1 FASTMERGE_CUDA_ARCHITECTURES="$capability" "${build[@]}"
 fi
 
 once=test_every_registered_op_gives_the_references_bits
 if [ "$dry" = 1 ]; then
     export FASTMERGE_GPU_EXAMPLES=1
-    variant=interpreter
+    variant="by_cuda and interpreter"
 else
     export FASTMERGE_GPU_EXAMPLES=${FASTMERGE_GPU_EXAMPLES:-40}
-    variant=cuda
+    variant="by_cuda and not interpreter"
 fi
 
 if wanted tests; then
@@ -159,15 +189,18 @@ if wanted tests; then
     else
         # Drawn calls meet hundreds of kernels, whose compilation takes a second each: that wants all cores.
         mapfile -t places < <(gpu_tests)
-        step tests 100 "${pytest[@]}" -m gpu -k "not test_equal_bits" --junitxml="$out/tests.xml" "${places[@]}"
-        step drawn 70 "${pytest[@]}" -m gpu -k test_equal_bits "${workers[@]}" --junitxml="$out/drawn.xml" "${places[@]}"
+        step tests 85 "${pytest[@]}" -m gpu -k "not test_equal_bits" --junitxml="$out/tests.xml" "${places[@]}"
+        step drawn 60 "${pytest[@]}" -m gpu -k test_equal_bits "${workers[@]}" --junitxml="$out/drawn.xml" "${places[@]}"
     fi
 fi
 
+# Of CUDA's kernels alone: Triton's are compiled under its eyes, which takes all the time. racecheck may name two of them
+# that read, with `peek` of device.h, what others change by atomic operations meanwhile; any value from before will do
+# there: count_window_kernel (whether a place of the cache is taken) and pcb_extremes_kernel (the edges so far).
 if wanted sanitizer; then
     if [ "$dry" = 1 ] || [ -x "$sanitizer" ]; then
         for tool in memcheck racecheck; do
-            step "$tool" 30 sanitized "$tool" "${pytest[@]}" -k "$once and $variant" tests/gpu
+            step "$tool" 60 sanitized "$tool" "${pytest[@]}" -k "$once and $variant" tests/gpu
         done
     else
         skip memcheck "no compute-sanitizer here"
@@ -185,10 +218,10 @@ if wanted bench; then
         step fastmerge 120 kept "$out/ops.json" "$python" -m fastmerge bench --op count_nonfinite --size 1000 --json
     else
         for backend in cuda triton; do
-            step "$backend" 85 "$python" bench/gpu.py --backend "$backend" --seconds 65 --json "$out/$backend.json"
+            step "$backend" 65 "$python" bench/gpu.py --backend "$backend" --seconds 48 --json "$out/$backend.json"
         done
-        step report 10 "$python" bench/report.py "$out/cuda.json" "$out/triton.json"
-        step fastmerge 20 kept "$out/ops.json" "$python" -m fastmerge bench --device cuda --json
+        step report 5 "$python" bench/report.py "$out/cuda.json" "$out/triton.json"
+        step fastmerge 15 kept "$out/ops.json" "$python" -m fastmerge bench --device cuda --json
     fi
 fi
 
@@ -198,7 +231,7 @@ fi
     printf '\n== summary (%s s in all), raw figures in %s\n' $((SECONDS - began)) "$out"
     printf '%s\n' "${summary[@]}"
     grep -hE "^(FAILED|ERROR) " "$log" | sort -u | cut -c 1-160 | head -20
-    grep -hE "(passed|failed|skipped).* in [0-9.]+s|RED: |MISSED|(ERROR|RACECHECK) SUMMARY|GB/s  .*GB/s| below a bar" "$log" |
+    grep -hE "(passed|failed|skipped).* in [0-9.]+s|RED: |MISSED|(ERROR|RACECHECK) SUMMARY|^MISSING: |^CUDA.s speed|GB/s  .*GB/s| below a bar" "$log" |
         cut -c 1-200 | head -60
 } | tee -a "$log" >"$scratch/summary"
 cat "$scratch/summary"

@@ -5,15 +5,18 @@
     python bench/report.py --plot roofline.png RESULTS.json ...
 
 A file is one backend's run on one machine. A row whose check was red has no figure and is told as such. Where CUDA and
-Triton were measured on the same kind of GPU, the faster is preferred for each function that the two runs compare.
+Triton were measured on the same kind of GPU, the faster is preferred for each function that the two runs compare; one
+that was wrong in any case is not, and whether CUDA is as much faster as it is meant to be is told behind the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,10 @@ FUNCTIONS = {
     "pcb_merge": ("pcb_apply", "pcb_scores", "pcb_score_bounds", "pcb_window_", "pcb_histogram"),
 }
 """Functions of a backend whose speed a benchmark tells, where the others are not compared alone."""
+
+BESIDE_TRITON = ("abs_histogram", "topk_mask", "consensus_merge_many")
+"""Benchmarks by which CUDA's kernels are worth having beside Triton's: where they are `BESIDE_BAR` times as fast."""
+BESIDE_BAR = 1.15
 
 NEEDED = {"environment", "backend", "limits_bytes_per_s", "rows"}
 Report = dict[str, Any]
@@ -121,31 +128,86 @@ def table(reports: list[Report]) -> str:
         parts.append("|---|---|" + "---|" * len(names))
         for (benchmark, case), by in rows_of(those).items():
             parts.append(f"| {benchmark} | {case} | {' | '.join(_cell(by.get(name)) for name in names)} |")
+        if {"cuda", "triton"}.issubset(names):
+            parts += ["", beside(those)]
         parts.append("")
     return "\n".join(parts).rstrip()
 
 
-def faster(reports: list[Report]) -> dict[str, dict[str, str]]:
-    """Compute capability -> function -> the backend whose benchmarks of it took less time, geometric mean of cases."""
-    result: dict[str, dict[str, str]] = {}
-    for capability in dict.fromkeys(report["environment"].get("gpu_capability", "") for report in reports):
-        those = [report for report in reports if report["environment"].get("gpu_capability", "") == capability]
-        ratios: dict[str, list[float]] = {}
-        for (benchmark, _), by in rows_of(those).items():
-            rows = [by.get(name) for name in ("cuda", "triton")]
-            if all(row is not None and row["problem"] is None for row in rows):
-                for function in FUNCTIONS.get(benchmark, ()):
-                    ratios.setdefault(function, []).append(rows[1]["seconds"] / rows[0]["seconds"])  # type: ignore[index]
-        chosen = {name: "cuda" if _product(each) >= 1.0 else "triton" for name, each in sorted(ratios.items())}
-        if capability and chosen:
-            result[capability] = chosen
+@dataclass
+class Duel:
+    """One benchmark by CUDA and by Triton on one kind of GPU, over all cases that both were to run."""
+
+    times: list[float] = field(default_factory=list)
+    """How many times as fast CUDA was, where both were right."""
+    wrong: set[str] = field(default_factory=set)
+    """Who was wrong, or died, where the other was right."""
+
+    @property
+    def mean(self) -> float:
+        """The geometric mean."""
+        return math.prod(self.times) ** (1 / len(self.times))
+
+
+def duels(reports: list[Report]) -> dict[str, Duel]:
+    """Benchmark -> what became of it, in runs on one kind of GPU."""
+    result: dict[str, Duel] = {}
+    # What a part did not come to, because it died.
+    dead = {
+        (report["backend"], row.get("part"))
+        for report in reports
+        for row in report["rows"]
+        if row["case"] == "-" and row["problem"] is not None
+    }
+    for (benchmark, _), by in rows_of(reports).items():
+        duel = result.setdefault(benchmark, Duel())
+        right = {name: row for name, row in by.items() if row["problem"] is None and name in ("cuda", "triton")}
+        if len(right) == 2:
+            duel.times.append(right["triton"]["seconds"] / right["cuda"]["seconds"])
+        for one, other in (("cuda", "triton"), ("triton", "cuda")):
+            if other in right and one not in right and (one in by or (one, right[other].get("part")) in dead):
+                duel.wrong.add(one)
     return result
 
 
-def _product(numbers: list[float]) -> float:
-    result = 1.0
-    for number in numbers:
-        result *= number
+def beside(reports: list[Report]) -> str:
+    """Whether CUDA's kernels are as much faster than Triton's as they are meant to be, as a sentence."""
+    found = duels(reports)
+    told = []
+    for benchmark in BESIDE_TRITON:
+        duel = found.get(benchmark, Duel())
+        if duel.wrong:
+            text = f"{' and '.join(sorted(duel.wrong))} wrong"
+        elif duel.times:
+            met = "met" if duel.mean >= BESIDE_BAR else "missed"
+            text = f"{duel.mean:.2f} ({min(duel.times):.2f} to {max(duel.times):.2f}; bar {BESIDE_BAR:g}: {met})"
+        else:
+            text = "not measured by both"
+        told.append(f"`{benchmark}` {text}")
+    return f"CUDA's speed in Triton's, geometric mean of cases: {', '.join(told)}."
+
+
+def faster(reports: list[Report]) -> dict[str, dict[str, str]]:
+    """Compute capability -> function -> the backend whose benchmarks of it took less time, geometric mean of cases.
+
+    One that was wrong where the other was right is not taken; where each was, Triton is.
+    """
+    result: dict[str, dict[str, str]] = {}
+    for capability in dict.fromkeys(report["environment"].get("gpu_capability", "") for report in reports):
+        those = [report for report in reports if report["environment"].get("gpu_capability", "") == capability]
+        found: dict[str, list[Duel]] = {}
+        for benchmark, duel in duels(those).items():
+            for function in FUNCTIONS.get(benchmark, ()):
+                found.setdefault(function, []).append(duel)
+        chosen = {}
+        for function, each in sorted(found.items()):
+            wrong = set().union(*(duel.wrong for duel in each))
+            times = [number for duel in each for number in duel.times]
+            if wrong or times:
+                slower = math.prod(times) < 1.0 and "triton" not in wrong
+                chosen[function] = "triton" if "cuda" in wrong or slower else "cuda"
+        if capability and chosen:
+            result[capability] = chosen
     return result
 
 

@@ -1,9 +1,10 @@
 """Every kernel in CUDA C++ compiles for every GPU that is promised, without a warning, to code that keeps the rules.
 
-Needs nvcc and no GPU. What is looked at is what the build left beside the objects: the account of each kernel on each
-target that ptxas gave (registers, shared memory, stack, spills). Where there is none, or the sources are newer, it is
-made first. The PTX of one target is read for operations that give other bits than the reference's: approximate or fused
-ones, denormals flushed to zero, floats that are added atomically.
+Needs nvcc 12.8 or newer, which knows all of these, and no GPU. What is looked at is what the build left beside the
+objects: warnings, and the account of each kernel on each target that ptxas gave (registers, shared memory, stack,
+spills). Where there is none, or the sources are newer, it is made first. The PTX of one target is read for operations
+that give other bits than the reference's: approximate or fused ones, denormals flushed to zero, floats that are added
+atomically.
 
 ``--write`` puts the table into docs/kernels.md.
 """
@@ -42,6 +43,7 @@ INEXACT = (
 _OPERATION = re.compile(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)", re.MULTILINE)
 _KERNEL = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_WARNING = re.compile(r"\bwarning\b", re.IGNORECASE)
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 
@@ -113,6 +115,11 @@ def problems(found: list[Usage], wanted: tuple[str, ...] = ARCHITECTURES) -> lis
     return sentences
 
 
+def warnings(log: str) -> list[str]:
+    """What nvcc, ptxas or the host's compiler warns of, in a build's log."""
+    return [line.strip() for line in log.splitlines() if _WARNING.search(line)]
+
+
 def inexact(text: str) -> list[str]:
     """What in PTX may have other bits than the reference's."""
     counted: Counter[tuple[str, str]] = Counter()
@@ -158,7 +165,7 @@ def _compile(family: str, more: list[str]) -> str:
     if compiler is None:
         raise RuntimeError("there is no nvcc")
     include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
-    command = [compiler, *_build().NVCC_FLAGS, *include, str(SOURCES / f"{family}.cu"), *more]
+    command = [compiler, *_build().NVCC_FLAGS, "--Werror=all-warnings", *include, str(SOURCES / f"{family}.cu"), *more]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"nvcc refuses {family}.cu:\n{result.stdout}{result.stderr}")
@@ -191,8 +198,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"refresh the table in {PAGE.relative_to(ROOT)}")
     chosen = parser.parse_args(arguments)
     try:
-        found = [usage for family, log in logs().items() for usage in usages(log, family)]
-        sentences = [*problems(found), *(f"{family}: {each}" for family in FAMILIES for each in inexact(ptx(family)))]
+        made = logs()
+        found = [usage for family, log in made.items() for usage in usages(log, family)]
+        warned = (f"{family}: {each}" for family, log in made.items() for each in warnings(log))
+        other = (f"{family}: {each}" for family in FAMILIES for each in inexact(ptx(family)))
+        sentences = [*warned, *problems(found), *other]
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1

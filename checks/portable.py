@@ -14,6 +14,7 @@ from pathlib import Path
 from checks import ROOT
 
 TARGET = "fastmerge_selfcheck"
+OPTIONS = ("-DFASTMERGE_CUDA=OFF", "-DFASTMERGE_WARNINGS_ARE_ERRORS=ON")
 # With SSE4.2 and nothing newer: an AVX instruction that escaped into the common code ends the program.
 OLD_X86 = ("qemu-x86_64", "-cpu", "Nehalem")
 ARM64 = ("qemu-aarch64",)
@@ -56,7 +57,7 @@ def build(folder: Path, *, arm64: bool = False, root: Path = ROOT) -> Path:
         ]
     cmake = tool("cmake")
     for command in (
-        [cmake, "-S", str(root), "-B", str(folder), "-G", "Ninja", "-DFASTMERGE_CUDA=OFF", *options],
+        [cmake, "-S", str(root), "-B", str(folder), "-G", "Ninja", *OPTIONS, *options],
         [cmake, "--build", str(folder), "--target", TARGET],
     ):
         result = subprocess.run(command, capture_output=True, text=True, check=False)

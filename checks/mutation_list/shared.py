@@ -192,6 +192,13 @@ MUTATIONS = [
         ("earlier warps count", "lower += warp < thread() / 32 ? of_warp : 0u;", "lower += 0u;"),
     ),
     *in_file(
+        "csrc/cuda/tile.h",
+        ("tests/cuda/test_edges.py",),
+        ("no byte past a tensor is read", "(shift == 0 ? 16 : 32) <= limit", "(shift == 0 ? 16 : 17) <= limit"),
+        ("a tensor's last bytes are read", "i < 16 && from + i < limit", "i < 12 && from + i < limit"),
+        ("a store is no wider than its address", "past % 4 == 0) {", "past % 2 == 0) {"),
+    ),
+    *in_file(
         "csrc/cuda/kept.h",
         cuda("consensus", "consensus_apply", "kept_masks"),
         (

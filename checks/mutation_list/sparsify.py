@@ -169,7 +169,58 @@ MUTATIONS = [
         ("masses of other sizes go elsewhere", "if (mantissa != 0 && place >> 5 != group) {", "if (false) {"),
         ("high halves are carried", "atomic_add(limb + 1,", "atomic_add(limb,"),
         ("bits past the end are 0", "if (at + kEach > own.length) bits &=", "if (false) bits &="),
-        ("tied ranks are averaged", "rank_limit(rows, first + last)", "rank_limit(rows, first + first)"),
+        (
+            "tied ranks are averaged where rows are sorted",
+            "return 2 * first + count_below(own + first, rows.length - first, key + 1) - 1;",
+            "return 2 * first;",
+        ),
+        (
+            "tied ranks are averaged in short rows",
+            "twice += (own[i] < key ? 1 : 0) + (own[i] <= key ? 1 : 0);",
+            "twice += own[i] < key ? 2 : 0;",
+        ),
+        (
+            "tied ranks are averaged in a bin",
+            "int64_t rank = 2 * static_cast<int64_t>(span & 0xffffu) + (span >> 16) - 1;",
+            "int64_t rank = 2 * static_cast<int64_t>(span & 0xffffu);",
+        ),
+        (
+            "zeros have a bin of their own",
+            "((1u << width) - 1u)) + (key != 0 ? apart : 0u);",
+            "((1u << width) - 1u));",
+        ),
+        (
+            "keys of a bin differ as long as there are bits",
+            "whole = (mine.bits & ((1u << mine.digit.shift) - 1u)) == 0;",
+            "whole = true;",
+        ),
+        (
+            "a bin spans all ranks of its keys",
+            "static_cast<float>(twice + (equal ? more : 2 * more))",
+            "static_cast<float>(twice + more)",
+        ),
+        (
+            "what lies between open bins is below the later one, for warps",
+            "sum += mine.count[bin] + between(bin);",
+            "sum += mine.count[bin];",
+        ),
+        (
+            "what lies between open bins is below the later one, in a warp",
+            "uint32_t upto = count + between(bin);",
+            "uint32_t upto = count;",
+        ),
+        ("single precision may be wrong", "constexpr float kSlack = 1e-6f;", "constexpr float kSlack = 1e-9f;"),
+        (
+            "no more bins are refined than there is room for",
+            "found = (word & bit) != 0 && number < allowed ? number : kNoBin;",
+            "found = (word & bit) != 0 ? number % allowed : kNoBin;",
+        ),
+        ("what there was no room for comes later", "> allowed || again;", "> allowed && again;"),
+        (
+            "rows meet in a byte",
+            "if (byte * kEach < mine.row.begin) kept |= mine.carried[number % 2];",
+            "",
+        ),
         ("infinities are no NaN", "magnitude > kInfBits ? 1u : 0u", "magnitude >= kInfBits ? 1u : 0u"),
     ),
 ]

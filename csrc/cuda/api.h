@@ -18,7 +18,9 @@ FM_INLINE int64_t tie_blocks(int64_t numel) { return (numel + kTieBlock - 1) / k
 // the device
 const char* error_text(int error);
 std::string check_usable();  // why kernels cannot run here, or nothing
-int use_device(int device);
+// Makes a device that of this thread, and says what it had before; and gives it that back.
+int enter_device(int device, void** before);
+void leave_device(void* before);
 int64_t shared_limit();  // bytes of shared memory that a block may have
 int64_t launches();      // how many kernels were launched so far
 // A few numbers of the host, into the device's memory: by value, so that graphs can capture it and nothing is copied.
@@ -55,7 +57,7 @@ int zero_nonfinite(Place place, void* data, int32_t dtype, int64_t numel);
 // What a rule (not DELLA's) keeps of each model, as bits, in rows of ceil(numel / 8) bytes.
 int kept_masks(Place place, const Models& models, const Rule& rule, uint8_t* masks);
 int l1_sums(Place place, const Models& models, const Rule& rule, int64_t* limbs);  // int64[n, 2, kLimbs], of zeros
-// DELLA's step for some rows of one model: what ranks they have is known from their sorted keys.
+// DELLA's step for some rows of one model, which have more than one element.
 struct Rows {
     Array base, x;  // from the rows' first element on; base.data == nullptr: no subtraction
     int32_t compute;
@@ -64,8 +66,12 @@ struct Rows {
     uint64_t seed, tensor_id, offset;  // offset: of the rows' first element in its tensor
     uint32_t stream;
 };
-int row_keys(Place place, const Rows& rows, int32_t* keys);                          // [count, length]
-int row_masks(Place place, const Rows& rows, const int32_t* sorted, uint8_t* mask);  // ceil(count * length / 8) bytes
+bool ranks_rows(int64_t length);  // whether a block has room for rows of this length
+// Those rows' mask: ceil(count * length / 8) bytes. most_open: bins of a row that are refined at a time, at least 1.
+int rank_rows(Place place, const Rows& rows, int32_t most_open, uint8_t* mask);
+// Others': by their keys, and by these sorted.
+int row_keys(Place place, const Rows& rows, int32_t* keys);  // [count, length]
+int row_masks(Place place, const Rows& rows, const int32_t* sorted, uint8_t* mask);
 
 // consensus
 // Elements in a part, of which a block takes one, where there are so many in all: a divisor of a tie block.

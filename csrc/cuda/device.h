@@ -78,6 +78,8 @@ FM_DEVICE void count_if(uint32_t* to, bool counted) {
                  "r"(counted ? 1u : 0u)
                  : "memory");
 }
+// A number that other threads may be changing by the operations above and below: what it is, or was.
+FM_DEVICE int32_t peek(const int32_t* from) { return *static_cast<const volatile int32_t*>(from); }
 // Writes `value` where `expected` was.
 FM_DEVICE int32_t atomic_exchange_if(int32_t* to, int32_t expected, int32_t value) {
     return atomicCAS(to, expected, value);
@@ -102,7 +104,13 @@ FM_DEVICE void store16(void* to, const Words4& value) {
     __stcs(static_cast<uint4*>(to), make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]));
 }
 
-// The address is a multiple of 8.
+FM_DEVICE uint32_t load_byte(const void* from) { return *static_cast<const unsigned char*>(from); }
+
+// The address is a multiple of so many bytes.
+FM_DEVICE void store2bytes(void* to, uint32_t low_half) {
+    *static_cast<unsigned short*>(to) = static_cast<unsigned short>(low_half);
+}
+FM_DEVICE void store4bytes(void* to, uint32_t value) { *static_cast<unsigned int*>(to) = value; }
 FM_DEVICE void store8bytes(void* to, uint64_t value) {
     __stcs(static_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
 }
@@ -130,15 +138,20 @@ FM_DEVICE T& shared() {
     return *reinterpret_cast<T*>(fm_shared);
 }
 
+// The same number, which the next launch is not told again.
+int refused(int error);
+// Lets a kernel have as much shared memory as a block may have, once for all: what is captured now is made into a graph
+// later, when the same kernel may have been launched with less.
+int allow_shared(const void* kernel);
+
 // 0, or CUDA's number of what went wrong. shared: bytes of shared memory.
 template <class... P, class... A>
 int launch(void (*kernel)(P...), int64_t grid, int threads, size_t shared, void* stream, A&&... arguments) {
     if (grid == 0) return 0;
     count_launch();
     if (shared > (48u << 10)) {
-        cudaError_t refused =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-        if (refused != cudaSuccess) return refused;
+        int error = allow_shared(reinterpret_cast<const void*>(kernel));
+        if (error != 0) return error;
     }
     kernel<<<static_cast<unsigned>(grid), threads, shared, static_cast<cudaStream_t>(stream)>>>(
         static_cast<P>(arguments)...);

@@ -154,6 +154,44 @@ const uint64_t* meet(Wait wait, uint64_t value) {
     return answered.data() + 1 + (wait == Wait::kWarp ? self / 32 * 32 : 0);
 }
 
+namespace {
+
+int device = 0;
+
+struct Range {
+    uintptr_t begin, end;
+};
+std::vector<Range> forbidden;
+
+void read_forbidden() {
+    forbidden.clear();
+    const char* text = getenv("FASTMERGE_EMULATED_FORBIDDEN");
+    while (text != nullptr && *text != 0) {
+        char* rest;
+        uintptr_t begin = strtoull(text, &rest, 10), end = *rest == '-' ? strtoull(rest + 1, &rest, 10) : 0;
+        if (end <= begin) refuse("FASTMERGE_EMULATED_FORBIDDEN is no list of ranges");
+        forbidden.push_back({begin, end});
+        text = *rest == ',' ? rest + 1 : rest;
+    }
+}
+
+}  // namespace
+
+void enter_device(int wanted) {
+    if (device != 0) refuse("the launch before has not given the host its device back");
+    device = wanted;
+}
+
+void leave_device() { device = 0; }
+
+void touch(const void* address, size_t bytes) {
+    uintptr_t begin = reinterpret_cast<uintptr_t>(address);
+    if (begin % bytes != 0) refuse("a load or store at an address that is no multiple of its width");
+    for (const Range& range : forbidden) {
+        if (begin < range.end && begin + bytes > range.begin) refuse("a load or store of what is no tensor's");
+    }
+}
+
 int64_t shared_limit() {
     const char* forced = getenv("FASTMERGE_EMULATED_SHARED");
     return forced != nullptr ? atoll(forced) : 227 << 10;
@@ -168,6 +206,7 @@ void run(int64_t grid, int count, size_t shared, const std::function<void()>& wo
     said.assign(static_cast<size_t>(count), 0);
     answered.assign(static_cast<size_t>(count) + 1, 0);
     body = &work;
+    read_forbidden();
     std::vector<uint64_t> memory(shared / 8 + 2);
     bool reverse = backwards();
     for (int64_t i = 0; i < grid; ++i) {
@@ -180,11 +219,4 @@ void run(int64_t grid, int count, size_t shared, const std::function<void()>& wo
 
 }  // namespace emulated
 
-inline namespace FASTMERGE_TARGET {
-namespace cuda {
-
-void refuse_misaligned(const void*) { emulated::refuse("a load or store of 16 bytes at an address that is none"); }
-
-}  // namespace cuda
-}  // namespace FASTMERGE_TARGET
 }  // namespace fastmerge

@@ -37,8 +37,14 @@ extern Context context;  // of the fiber that runs
 
 // Deposits a value, waits for the warp or the block, and returns all deposits of it, 32 or as many as threads.
 const uint64_t* meet(Wait wait, uint64_t value);
+// The host's thread has device 0 while no launch is made, and is given it back.
+void enter_device(int device);
+void leave_device();
 // FASTMERGE_EMULATED_SHARED, or 227 KiB, what a block may have on sm_90.
 int64_t shared_limit();
+// Refuses what would stop a kernel on a GPU, "misaligned address", or what compute-sanitizer would find: a byte of what
+// FASTMERGE_EMULATED_FORBIDDEN names, "begin-end" once or more with commas between them.
+void touch(const void* address, size_t bytes);
 void run(int64_t grid, int threads, size_t shared, const std::function<void()>& body);
 
 }  // namespace emulated
@@ -118,6 +124,7 @@ FM_DEVICE uint32_t atomic_or(uint32_t* to, uint32_t value) {
 FM_DEVICE void count_if(uint32_t* to, bool counted) {
     if (counted) *to += 1;
 }
+FM_DEVICE int32_t peek(const int32_t* from) { return *from; }
 FM_DEVICE int32_t atomic_exchange_if(int32_t* to, int32_t expected, int32_t value) {
     int32_t before = *to;
     if (before == expected) *to = value;
@@ -140,22 +147,32 @@ struct alignas(16) Words4 {
     uint32_t word[4];
 };
 
-// A GPU would stop the kernel: "misaligned address".
-void refuse_misaligned(const void* address);
-
 FM_DEVICE Words4 load16(const void* from) {
-    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) refuse_misaligned(from);
+    emulated::touch(from, 16);
     Words4 value;
     memcpy(&value, from, 16);
     return value;
 }
 FM_DEVICE void store16(void* to, const Words4& value) {
-    if (reinterpret_cast<uintptr_t>(to) % 16 != 0) refuse_misaligned(to);
+    emulated::touch(to, 16);
     memcpy(to, &value, 16);
 }
 
+FM_DEVICE uint32_t load_byte(const void* from) {
+    emulated::touch(from, 1);
+    return *static_cast<const unsigned char*>(from);
+}
+
+FM_DEVICE void store2bytes(void* to, uint32_t low_half) {
+    emulated::touch(to, 2);
+    memcpy(to, &low_half, 2);
+}
+FM_DEVICE void store4bytes(void* to, uint32_t value) {
+    emulated::touch(to, 4);
+    memcpy(to, &value, 4);
+}
 FM_DEVICE void store8bytes(void* to, uint64_t value) {
-    if (reinterpret_cast<uintptr_t>(to) % 8 != 0) refuse_misaligned(to);
+    emulated::touch(to, 8);
     memcpy(to, &value, 8);
 }
 

@@ -295,7 +295,8 @@ pcb_apply_kernel(FM_LARGE PcbArgs args, FM_LARGE ApplyArgs apply, int threads) {
 constexpr int kFour = 4;  // elements of a thread in these
 
 // `edges` int32[pairs, 2]: ordered bits of the least and the greatest product, in shared memory where they fit.
-FM_KERNEL(kMostThreads) pcb_extremes_kernel(FM_LARGE Models models, int32_t* out, int threads, bool in_shared) {
+FM_KERNEL_RESIDENT(kMostThreads, kResident<kFour>)
+pcb_extremes_kernel(FM_LARGE Models models, int32_t* out, int threads, bool in_shared) {
     int32_t n = models.count;
     int tile = threads * kFour;
     int pairs = static_cast<int>(pcb_pairs(n));
@@ -330,24 +331,24 @@ FM_KERNEL(kMostThreads) pcb_extremes_kernel(FM_LARGE Models models, int32_t* out
                 }
                 // Soon there is hardly ever anything nearer the edges. What is read of them may be old, but then it was
                 // nearer: nothing is missed.
-                bool wider = fminf(least, kLargestProduct) < from_ordered_bits(edge[0]) ||
-                             fmaxf(most, -kLargestProduct) > from_ordered_bits(edge[1]);
+                bool wider = fminf(least, kLargestProduct) < from_ordered_bits(peek(&edge[0])) ||
+                             fmaxf(most, -kLargestProduct) > from_ordered_bits(peek(&edge[1]));
                 if (ballot(wider) == 0) continue;
                 bool none = least != least;
                 int32_t low = ordered_bits(between(least, -kLargestProduct, kLargestProduct) + 0.0f);
                 int32_t high = ordered_bits(between(most, -kLargestProduct, kLargestProduct) + 0.0f);
                 low = min_of_warp(none ? static_cast<int32_t>(kInfBits) : low);
                 high = max_of_warp(none ? -1 - static_cast<int32_t>(kInfBits) : high);
-                if (lane() == 0 && low < edge[0]) atomic_min(&edge[0], low);
-                if (lane() == 0 && high > edge[1]) atomic_max(&edge[1], high);
+                if (lane() == 0 && low < peek(&edge[0])) atomic_min(&edge[0], low);
+                if (lane() == 0 && high > peek(&edge[1])) atomic_max(&edge[1], high);
             }
         }
     }
     if (!in_shared) return;
     sync();
     for (int k = thread(); k < 2 * pairs; k += threads) {
-        if (k % 2 == 0 && edges[k] < out[k]) atomic_min(&out[k], edges[k]);
-        if (k % 2 == 1 && edges[k] > out[k]) atomic_max(&out[k], edges[k]);
+        if (k % 2 == 0 && edges[k] < peek(&out[k])) atomic_min(&out[k], edges[k]);
+        if (k % 2 == 1 && edges[k] > peek(&out[k])) atomic_max(&out[k], edges[k]);
     }
 }
 

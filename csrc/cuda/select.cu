@@ -103,21 +103,6 @@ FM_DEVICE uint32_t narrow_key(int64_t threshold, int32_t kind) {
     return wide_key(key, kind) == static_cast<uint32_t>(threshold) ? key : kNeverKey;
 }
 
-FM_DEVICE void load_halves(const char* from, int64_t at, int64_t end, uint32_t* words) {
-    if (at + kEach <= end) {
-        load_bytes(from, words);
-        return;
-    }
-    FM_UNROLL
-    for (int i = 0; i < 4; ++i) words[i] = 0;
-    FM_UNROLL
-    for (int t = 0; t < kEach; ++t) {
-        if (at + t >= end) break;
-        const unsigned char* byte = reinterpret_cast<const unsigned char*>(from) + 2 * t;
-        words[t / 2] |= (static_cast<uint32_t>(byte[0]) | (static_cast<uint32_t>(byte[1]) << 8)) << (16 * (t % 2));
-    }
-}
-
 // Eight 16-bit numbers, and the eight that lie `distance` further. Both loads are on their way before either is used.
 FM_DEVICE void load_pair(const void* data, int64_t at, int64_t distance, int64_t end, uint32_t* words) {
     const char* from = static_cast<const char*>(data) + 2 * at;
@@ -130,8 +115,9 @@ FM_DEVICE void load_pair(const void* data, int64_t at, int64_t distance, int64_t
         }
         return;
     }
-    load_halves(from, at, end, words);
-    load_halves(from + 2 * distance, at + distance, end, words + 4);
+    const char* limit = static_cast<const char*>(data) + 2 * end;
+    load_bytes_before(from, limit, words);
+    load_bytes_before(from + 2 * distance, limit, words + 4);
 }
 
 FM_DEVICE void forget_past(int64_t at, int64_t end, uint32_t* keys) {
@@ -646,7 +632,7 @@ FM_KERNEL_RESIDENT(kThreads, 4) count_window_kernel(FM_LARGE Work work, int64_t 
     int64_t* mine = counts + model * (width + 1);
     auto count = [&](uint32_t place, uint32_t times) {
         int slot = static_cast<int>(place % kCached);
-        int32_t tag = static_cast<int32_t>(place), held = cache.key[slot];
+        int32_t tag = static_cast<int32_t>(place), held = peek(&cache.key[slot]);
         if (held == -1) {
             held = atomic_exchange_if(&cache.key[slot], -1, tag);
             if (held == -1) held = tag;

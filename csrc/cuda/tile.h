@@ -1,5 +1,6 @@
 // Tiles: a thread has eight elements that follow each other, a block has as many threads as that makes a tile. Loads
-// and stores are 16 bytes wide wherever the data begins; the last elements of a tensor are taken one by one.
+// are 16 bytes wide wherever the data begin, stores as wide as their address lets them be. The last elements of a
+// tensor are taken one by one.
 #pragma once
 
 #include "cuda/device.h"
@@ -45,26 +46,30 @@ struct Raw {
     uint32_t word[kWide ? 8 : 4];
 };
 
-// Sixteen bytes from anywhere. Where they do not begin at a multiple of 16 the two words of 16 bytes that they lie in
-// are read, but none that begins at `limit` or past it, so that no page is read that has none of the data.
+// Sixteen bytes from anywhere, 0 for those at `limit` and past it, where the data end: not a byte is read there. Where
+// they do not begin at a multiple of 16 the two words of 16 bytes that they lie in are read; memory is given out in
+// whole ones, so that the first may begin before the data. The last bytes of a tensor are read one by one.
 FM_DEVICE void load_bytes_before(const char* from, const char* limit, uint32_t* out) {
     uint32_t shift = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from) & 15u);
     const char* start = from - shift;
-    Words4 first = {{0, 0, 0, 0}}, second = {{0, 0, 0, 0}};
-    if (start < limit) first = load16(start);
-    if (shift != 0 && start + 16 < limit) second = load16(start + 16);
-    if (shift == 0) {
+    if (start + (shift == 0 ? 16 : 32) <= limit) {
+        Words4 first = load16(start);
+        if (shift != 0) {
+            shifted16(first.word, load16(start + 16).word, shift, out);
+            return;
+        }
         FM_UNROLL
         for (int i = 0; i < 4; ++i) out[i] = first.word[i];
         return;
     }
-    shifted16(first.word, second.word, shift, out);
-}
-
-// Sixteen bytes from anywhere, all of which are there.
-FM_DEVICE void load_bytes(const void* from, uint32_t* out) {
-    const char* start = static_cast<const char*>(from);
-    load_bytes_before(start, start + 16, out);
+    FM_UNROLL
+    for (int i = 0; i < 4; ++i) out[i] = 0;
+    FM_ROLLED
+    for (int i = 0; i < 16 && from + i < limit; ++i) {
+        uint32_t byte = load_byte(from + i) << (8 * (i % 4));
+        FM_UNROLL
+        for (int word = 0; word < 4; ++word) out[word] |= i / 4 == word ? byte : 0u;
+    }
 }
 
 // Elements at .. at + 7; those from `end` on are rubbish. simple: the data begin at a multiple of 16 bytes, and none of
@@ -183,25 +188,38 @@ FM_DEVICE void store8(void* data, int32_t dtype, int64_t at, int64_t end, const 
     unsigned char* to = static_cast<unsigned char*>(data) + size * at;
     uint32_t words[kEach] = {0, 0, 0, 0, 0, 0, 0, 0};
     pack8(dtype, values, words);
-    if (at + kEach <= end && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    uint32_t past = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(to) & 15u);  // a multiple of 16
+    if (at + kEach <= end && past == 0) {
         Words4 first = {{words[0], words[1], words[2], words[3]}}, second = {{words[4], words[5], words[6], words[7]}};
         store16(to, first);
         if (dtype == kFloat32) store16(to + 16, second);
+        return;
+    }
+    if (at + kEach <= end && past % 4 == 0) {
+        FM_UNROLL
+        for (int i = 0; i < kEach; ++i) {
+            if (i < 4 || dtype == kFloat32) store4bytes(to + 4 * i, words[i]);
+        }
         return;
     }
     FM_UNROLL
     for (int t = 0; t < kEach; ++t) {
         if (at + t >= end) break;
         uint32_t bits = dtype == kFloat32 ? words[t] : words[t / 2] >> (16 * (t % 2));
-        for (int64_t i = 0; i < size; ++i) to[size * t + i] = static_cast<unsigned char>(bits >> (8 * i));
+        if (dtype != kFloat32 && past % 2 == 0) {
+            store2bytes(to + 2 * t, bits);
+        } else {
+            for (int64_t i = 0; i < size; ++i) to[size * t + i] = static_cast<unsigned char>(bits >> (8 * i));
+        }
     }
 }
 
 // --- a block together
 // -------------------------------------------------------------------------------------------------
 
-// What the threads before this one have together, and what all have, over a block of kThreads. Called by all of them.
-// `partial` is shared memory for kWarps + 1 numbers, not to be used for anything else before the next barrier.
+// What the threads before this one have together, and what all have, over a block of kBlock. Called by all of them.
+// `partial` is shared memory for kBlock / 32 + 1 numbers, not to be used for anything else before the next barrier.
+template <int kBlock = kThreads>
 FM_DEVICE uint32_t sum_before(uint32_t own, uint32_t* partial, uint32_t* total) {
     uint32_t upto = own;
     for (int distance = 1; distance < 32; distance *= 2) {
@@ -213,7 +231,7 @@ FM_DEVICE uint32_t sum_before(uint32_t own, uint32_t* partial, uint32_t* total) 
     sync();
     uint32_t lower = 0, all = 0;
     FM_UNROLL
-    for (int warp = 0; warp < kWarps; ++warp) {
+    for (int warp = 0; warp < kBlock / 32; ++warp) {
         uint32_t of_warp = partial[warp];
         lower += warp < thread() / 32 ? of_warp : 0u;
         all += of_warp;

@@ -95,7 +95,7 @@ def resolve(name: str | None = None, device: torch.device | str | None = None) -
             if kind in _DEVICES[candidate]:
                 found = _loaded.get(candidate) or _load(candidate)
                 if not isinstance(found, str):
-                    return found if kind == "cpu" else _preferred(found)
+                    return _preferred(found, kind) if candidate in FOR_GPUS else found
                 if candidate in _misconfigured:
                     raise BackendError(found)
         raise BackendError(f"no backend works on device {kind!r}; move the tensors to the CPU with .cpu()")
@@ -111,13 +111,20 @@ def resolve(name: str | None = None, device: torch.device | str | None = None) -
     return found
 
 
-def _preferred(first: ModuleType) -> ModuleType:
-    """The first backend for a GPU, or a mixture of several where measurements of this kind of GPU say so."""
+def _preferred(first: ModuleType, kind: str) -> ModuleType:
+    """The first backend for a GPU, but for what is another's: where measurements of this kind of GPU say so, and calls
+    of more models than it takes.
+    """
     faster = preferences.FASTER.get(_capability(), {}) if preferences.FASTER else {}
     wanted = {name for name in faster.values() if name != name_of(first)}
     others = {name: found for name in wanted if not isinstance(found := _load(name), str)}
+
+    def next_after(name: str) -> ModuleType | None:
+        rest = (_load(other) for other in _NAMES[_NAMES.index(name) + 1 :] if kind in _DEVICES[other])
+        return next((found for found in rest if not isinstance(found, str)), None)
+
     # To all who use it, it is a module.
-    return preferences.Preferring(first, others, faster) if others else first  # type: ignore[return-value]
+    return preferences.Preferring(first, others, faster, next_after)  # type: ignore[return-value]
 
 
 @functools.cache

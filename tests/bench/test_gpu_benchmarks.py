@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,26 @@ def test_what_one_part_cannot_do_does_not_cost_the_others(
     assert "skipped: kth" in capsys.readouterr().out
 
 
+def test_an_interrupt_costs_no_row_that_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "new" / "figures.json"
+
+    def stopped(made: gpu.Bench) -> Any:
+        yield next(iter(gpu.PARTS["histogram"](made)))
+        assert len(json.loads(file.read_text())["rows"]) == 1  # written before the next is begun
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(gpu.PARTS, "kth", stopped)
+    backend = backends.name_of(backends.resolve("auto"))
+    given = ["--device", "cpu", "--elements", "2000", "--repeat", "1", "--backend", backend, "--json", str(file)]
+    assert gpu.main([*given, "--only", "kth", "histogram"]) == 130
+    kept = report.read(file)
+    assert [row["benchmark"] for row in kept["rows"]] == ["abs_histogram"] and kept["interrupted"] == "kth"
+    assert "interrupted in kth" in capsys.readouterr().err
+    assert list(file.parent.iterdir()) == [file]
+
+
 @pytest.mark.parametrize("variant", gpu_pcb.CLIPPED)
 def test_the_eager_formula_is_that_of_pcb_merging(variant: str) -> None:
     rows = torch.stack([adversarial.values("normal", torch.float32, 5000, seed) for seed in range(4)]) * 1e-2
@@ -146,7 +167,8 @@ def test_the_checks_steps_end_within_nine_minutes() -> None:
     for name, limit, command in re.findall(r"^ *step (\S+) (\d+) (.*)$", CHECK.read_text(), re.MULTILINE):
         if not re.search(r"interpreter and|tiny|--size 1000|--version", command):  # these are of the dry run
             limits[name] = int(limit)
-    assert set(limits) == {*("environment", "build", "tests", "drawn", '"$tool"', '"$backend"', "report", "fastmerge")}
+    steps = 'environment build-cpu build-cuda tests drawn "$tool" "$backend" report fastmerge'
+    assert set(limits) == set(steps.split())
     assert sum(limits.values()) + limits['"$tool"'] + limits['"$backend"'] <= MOST_SECONDS  # of these there are two
 
 
@@ -161,6 +183,33 @@ def test_the_check_changes_no_setting_of_the_gpu() -> None:
                     )
 
 
+def test_the_sanitizer_sees_only_cudas_kernels() -> None:
+    text = CHECK.read_text()
+    (found,) = re.findall(r'^ +variant="(.*not interpreter)"$', text, re.MULTILINE)
+    assert found == "by_cuda and not interpreter" and '-k "$once and $variant"' in text
+
+
+def test_nvcc_is_found_beside_the_path_and_what_is_missing_is_said(tmp_path: Path) -> None:
+    """The build of CUDA's kernels fails where it cannot be made, instead of passing without them."""
+    assert re.search(r"build-cuda \d+ env FASTMERGE_CPU=0 FASTMERGE_CUDA=1 ", CHECK.read_text())
+    (tmp_path / "home" / "bin").mkdir(parents=True)
+    nvcc = tmp_path / "home" / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho nvcc of this test\n")
+    nvcc.chmod(0o755)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    needed = "bash cat cut dirname env grep head mkdir mktemp rm sort tail tee timeout"
+    for name in needed.split():
+        (tools / name).symlink_to(str(shutil.which(name)))
+    python = tools / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = - ] && exec {sys.executable} "$@"\nexit 3\n')
+    python.chmod(0o755)
+    given = {"PATH": str(tools), "CUDA_HOME": str(tmp_path / "home"), "PYTHON": str(python)}
+    result = check("tests", "--dry-run", OUT=str(tmp_path / "figures"), **given)
+    assert "nvcc of this test" in result.stdout
+    assert re.search(r"^MISSING: ", result.stdout.partition("== summary")[2], re.MULTILINE)
+
+
 def test_an_unknown_part_is_refused() -> None:
     result = check("benchmarks", "--dry-run")
     assert result.returncode == 2 and result.stderr.startswith("usage: ")
@@ -173,7 +222,7 @@ def test_a_dry_run_of_the_check_passes_every_step(tmp_path: Path) -> None:
     result = check("--dry-run", str(tmp_path / "figures"), PYTEST_ADDOPTS=without_plugins)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr
     summary = result.stdout.partition("== summary")[2]
-    steps = "environment build tests drawn memcheck racecheck cuda triton report fastmerge"
+    steps = "environment build-cpu build-cuda tests drawn memcheck racecheck cuda triton report fastmerge"
     for step in steps.split():
         assert re.search(rf"^{re.escape(step)} +passed", summary, re.MULTILINE), step
     made = sorted(file.name for file in (tmp_path / "figures").iterdir())
@@ -190,5 +239,5 @@ def test_a_step_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
     result = check("bench", "--dry-run", OUT=str(tmp_path / "figures"), PYTHON=str(python))
     assert result.returncode == 1
     summary = result.stdout.partition("== summary")[2]
-    for step in ("environment", "build", "cuda", "triton", "report", "fastmerge"):
+    for step in ("environment", "build-cpu", "build-cuda", "cuda", "triton", "report", "fastmerge"):
         assert re.search(rf"^{re.escape(step)} +failed \(3\)", summary, re.MULTILINE), summary

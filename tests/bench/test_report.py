@@ -62,15 +62,49 @@ def test_without_results_the_pages_say_so(tmp_path):
 
 def test_auto_prefers_what_was_faster_over_all_cases_of_a_function(tmp_path):
     chosen = report.faster([CUDA, TRITON])
-    assert chosen == {"9.0": {"abs_histogram": "cuda", "consensus_apply": "triton"}}
+    functions = {"abs_histogram": "cuda", "consensus_apply": "triton", "tie_counts": "triton", "topk_mask": "triton"}
+    assert chosen == {"9.0": functions}
     assert report.faster([CUDA]) == {}
     path = tmp_path / "preferences.py"
     path.write_text(report.PREFERENCES.read_text())
     for wanted in (chosen, {}):
         report.prefer(wanted, path)
-        names: dict[str, Any] = {"__name__": "preferences"}
+        names: dict[str, Any] = {"__package__": "fastmerge.backends", "__name__": "preferences"}
         exec(compile(path.read_text(), str(path), "exec"), names)
         assert names["FASTER"] == wanted
+
+
+def test_what_was_wrong_where_the_other_was_right_is_not_preferred():
+    slow, fast = row("consensus_apply", "ties", 0.003), row("consensus_apply", "ties", 0.001)
+    red = row("consensus_apply", "linear", None)
+    right = row("consensus_apply", "linear", 0.5)
+    for cuda, triton, taken in (
+        ([fast, red], [slow, right], "triton"),
+        ([red], [right], "triton"),
+        ([slow, right], [fast, red], "cuda"),
+        ([fast, red], [slow, red], "cuda"),
+        ([slow, red], [fast], "triton"),
+    ):
+        chosen = report.faster([run("cuda", *cuda), run("triton", *triton)])
+        assert chosen == {"9.0": {"consensus_apply": taken}}
+    assert report.faster([run("cuda", red), run("triton", red)]) == {}
+
+
+def test_a_part_that_died_was_wrong_in_what_it_did_not_come_to():
+    died = row("masks", "-", None)
+    chosen = report.faster([run("cuda", died), run("triton", row("topk_mask", "normal", 1.0))])
+    assert chosen == {"9.0": {"tie_counts": "triton", "topk_mask": "triton"}}
+    other = died | {"part": "another"}
+    assert report.faster([run("cuda", other), run("triton", row("topk_mask", "normal", 1.0))]) == {}
+
+
+def test_how_much_faster_cuda_is_than_triton_is_told_beside_its_bar():
+    text = report.table([CUDA, TRITON])
+    assert "`abs_histogram` 1.22 (0.75 to 2.00; bar 1.15: met)" in text
+    assert "`topk_mask` cuda wrong" in text and "`consensus_merge_many` not measured by both." in text
+    slow = run("cuda", row("abs_histogram", "normal", 0.0018))
+    assert "`abs_histogram` 1.11 (1.11 to 1.11; bar 1.15: missed)" in report.table([slow, TRITON])
+    assert "bar 1.15" not in report.table([CUDA])
 
 
 @pytest.mark.parametrize(

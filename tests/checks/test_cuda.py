@@ -28,7 +28,9 @@ ptxas info    : Used 128 registers, used 1 barriers
 @needs_nvcc
 @pytest.mark.slow
 def test_no_kernel_spills_on_any_target_and_all_arithmetic_is_exact():
-    found = [usage for family, log in cuda.logs().items() for usage in cuda.usages(log, family)]
+    logs = cuda.logs()
+    found = [usage for family, log in logs.items() for usage in cuda.usages(log, family)]
+    assert [warning for log in logs.values() for warning in cuda.warnings(log)] == []
     assert len({usage.kernel for usage in found}) >= 20
     assert cuda.problems(found) == []
     for family in cuda.FAMILIES:
@@ -44,6 +46,13 @@ def test_the_account_of_ptxas_is_read():
     spills, missing = cuda.problems([first, second], ("80", "90a", "120"))
     assert "merge_kernel<3> on sm_90a: 16 bytes of stack, 20 bytes spilled" in spills
     assert missing.endswith("not compiled for sm_120")
+
+
+def test_a_warning_of_the_build_is_found():
+    """Builds go on after one, for another compiler may warn of more; the check does not."""
+    said = "ptxas warning : Registers are spilled to local memory in function 'merge_kernel'"
+    assert cuda.warnings(LOG) == [] and cuda.warnings(f"{LOG}{said}\n") == [said]
+    assert cuda.warnings('x.cu(3): warning #177-D: variable "y" was declared but never referenced') != []
 
 
 @pytest.mark.parametrize(

@@ -165,10 +165,19 @@ def test_what_many_tensors_must_be() -> None:
         cuda.consensus_apply_many(Lists(None, [[x, x]], [x, x]), [1.0], rule=rule, **options)
 
 
-def test_too_many_models() -> None:
+def test_too_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
     x = there(torch.ones(3))
     with pytest.raises(BackendError, match=r'at most 128 models at once, not 129; use backend="triton"'):
         ops.consensus_apply(
             None, [x] * 129, [1.0] * 129, rule=SparsifyRule(), scales=[1.0] * 129, backend="cuda", **TIES
         )
+    if backends.reason("triton") is None:
+        # As first of those that "auto" tries, wherever the tensors are.
+        for name in ("cuda", "triton"):
+            monkeypatch.setitem(backends._DEVICES, name, backends.resolve(name).DEVICES)
+        one, other = (
+            ops.consensus_merge(None, [x] * 129, 0.5, inputs="deltas", density=0.5, backend=by)
+            for by in ("auto", "reference")
+        )
+        assert_bitwise_equal(one, other)
     check(None, [torch.tensor([1.0, -1.0, 0.0])] * 128, [1.0] * 128, SparsifyRule(), inputs="deltas")

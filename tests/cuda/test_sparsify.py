@@ -9,6 +9,9 @@ from fastmerge import ops
 from fastmerge.backends import reference
 from fastmerge.backends.rule import TIE_BLOCK, SparsifyRule
 from fastmerge.errors import BackendError
+from fastmerge.reference import random
+from fastmerge.reference.numbers import keys
+from fastmerge.reference.sparsify import normalised_ranks
 from tests.cuda.running import both_orders, needs_cuda, there, unaligned
 from tests.numeric import assert_bitwise_equal
 
@@ -50,9 +53,11 @@ def test_sums_of_all_exponents(order: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @both_orders
-@pytest.mark.parametrize(("rows", "length"), [(33, 3), (19, 1000), (1, 70000), (700, 1), (3, 5000)])
+@pytest.mark.parametrize(("rows", "length"), [(33, 3), (19, 1101), (1, 70000), (700, 1), (3, 5000)])
 def test_rows_in_groups(rows: int, length: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTMERGE_EMULATED_ORDER", order)
+    # A block has no room for rows but the shortest.
+    monkeypatch.setenv("FASTMERGE_EMULATED_SHARED", "9300")
     monkeypatch.setattr("fastmerge.backends.cuda.sparsify.SORTED", 1)
     generator = torch.Generator().manual_seed(rows)
     base = torch.randn(rows, length, generator=generator).to(torch.bfloat16)
@@ -63,6 +68,88 @@ def test_rows_in_groups(rows: int, length: int, order: str, monkeypatch: pytest.
     expected = ops.kept_masks(base, tensors, rule, backend="reference")
     found = ops.kept_masks(there(base), [there(x) for x in tensors], rule, backend="cuda")
     assert_bitwise_equal(found.cpu(), expected)
+
+
+def values(kind: str, rows: int, length: int) -> torch.Tensor:
+    """Rows whose keys lie far apart, close together, or on top of each other."""
+    generator = torch.Generator().manual_seed(length)
+    drawn = torch.randn(rows, length, generator=generator)
+    few = torch.randint(0, 40, (rows, length), generator=generator)
+    if kind == "equal":
+        return torch.full((rows, length), -0.37)
+    if kind == "zeros":
+        return torch.where(few < 4, drawn, torch.where(few < 8, 2.0**-140, torch.where(few < 16, 0.0, -0.0)))
+    if kind == "close":
+        return 1 + few * 2.0**-22
+    if kind == "pairs":
+        return 1 + (torch.arange(rows * length) // 2).view(rows, length) * 2.0**-20
+    if kind == "bits":
+        return torch.randint(-(2**31), 2**31, (rows, length), generator=generator).to(torch.int32).view(torch.float32)
+    return drawn
+
+
+ROWS = [(700, 2), (37, 127), (21, 128), (21, 129), (10, 1024), (9, 1025), (2, 8192), (2, 8193)]
+
+
+def assert_ranked(
+    base: torch.Tensor | None, x: torch.Tensor, density: float, epsilon: float, seed: int = 2**64 - 3, offset: int = 3
+) -> None:
+    """The mask of one model is the reference's."""
+    length = x.shape[1]
+    rule = SparsifyRule("della", None, None, [density], [epsilon], length, seed, 11, [7], offset * length)
+    expected = ops.kept_masks(base, [x], rule, backend="reference")
+    assert_bitwise_equal(ops.kept_masks(there(base), [there(x)], rule, backend="cuda").cpu(), expected)
+
+
+@both_orders
+@pytest.mark.parametrize("kind", ["far", "equal", "zeros", "close", "pairs", "bits"])
+@pytest.mark.parametrize(("rows", "length"), ROWS)
+def test_rows_of_all_kinds(rows: int, length: int, kind: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMERGE_EMULATED_ORDER", order)
+    x = values(kind, rows, length)
+    assert_ranked(None, x, 0.5, 0.45)
+    if kind in ("far", "zeros", "bits"):
+        assert_ranked(None, unaligned(x.to(torch.float16), 2), 0.3, 0.2)
+        assert_ranked(values("far", rows, length).to(torch.bfloat16), unaligned(x.to(torch.bfloat16), 5), 0.7, 0.1)
+
+
+@both_orders
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_more_open_bins_than_are_refined_at_a_time(at_once: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMERGE_EMULATED_ORDER", order)
+    monkeypatch.setattr("fastmerge.backends.cuda.sparsify.OPEN", at_once)
+    for kind in ("far", "close", "pairs", "bits"):
+        assert_ranked(None, values(kind, 5, 333), 0.5, 0.45)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("length", [65, 257, 1025])
+def test_words_at_the_very_limit(length: int, ties: bool) -> None:
+    x = values("far", 1, length)
+    x = (x * 8).round() / 8 if ties else x
+    ranks = normalised_ranks(keys(x), length)
+    seed, epsilon = 5, 0.125
+    words = random.words(0, length, seed=seed, tensor_id=11, stream=random.stream_id(random.DELLA, 7))
+    for place in range(0, length, length // 16):
+        # A power of two divides the rank, so that all of this is exact.
+        for limit in (int(words[place]), int(words[place]) + 1):
+            density = limit / 2**32 + epsilon - 2 * epsilon * float(ranks[place])
+            if epsilon < density < 1 - epsilon:
+                assert_ranked(None, x, density, epsilon, seed, 0)
+
+
+@both_orders
+@pytest.mark.parametrize(("length", "room"), [(36001, 101376), (30000, 101376), (65535, 232448), (65536, 232448)])
+def test_rows_for_which_a_block_has_no_room(
+    length: int, room: int, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTMERGE_EMULATED_ORDER", order)
+    monkeypatch.setenv("FASTMERGE_EMULATED_SHARED", str(room))
+    from fastmerge.backends.cuda.launch import EMULATED, compiled
+
+    if EMULATED:
+        assert compiled.ranks_rows((0, 0), length) == (length in (30000, 65535))
+    assert_ranked(None, values("far", 2, length), 0.4, 0.3)
 
 
 def test_too_many_models() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastmerge import backends, ops
+from fastmerge.backends.limits import TooManyModelsError
 from fastmerge.errors import BackendError
 
 
@@ -98,7 +99,7 @@ def test_measurements_choose_between_backends_function_by_function(monkeypatch: 
     second.tie_counts, second.topk_mask = "triton's", "triton's"  # type: ignore[attr-defined]
     monkeypatch.setattr(backends, "_loaded", {"cuda": first, "triton": second})
     monkeypatch.setattr(backends, "_capability", lambda: "9.0")
-    assert backends.resolve("auto", "cuda") is first
+    assert backends.resolve("auto", "cuda").topk_mask == "cuda's"
     measured = {"9.0": {"topk_mask": "triton", "tie_counts": "cuda"}, "8.0": {"tie_counts": "triton"}}
     monkeypatch.setattr(backends.preferences, "FASTER", measured)
     mixed = backends.resolve("auto", "cuda")
@@ -106,4 +107,28 @@ def test_measurements_choose_between_backends_function_by_function(monkeypatch: 
     assert backends.name_of(mixed) == "cuda"
     assert backends.resolve("cuda", "cuda") is first
     monkeypatch.setitem(backends._loaded, "triton", "no compiler")
-    assert backends.resolve("auto", "cuda") is first
+    assert backends.resolve("auto", "cuda").topk_mask == "cuda's"
+
+
+def test_auto_gives_more_models_than_a_backend_takes_to_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = ModuleType("fastmerge.backends.cuda"), ModuleType("fastmerge.backends.triton")
+
+    def few(models: int) -> str:
+        if models > 2:
+            raise TooManyModelsError("two at most")
+        return "cuda's"
+
+    first.kept_masks = first.only_here = few  # type: ignore[attr-defined]
+    second.kept_masks = lambda models: "triton's"  # type: ignore[attr-defined]
+    monkeypatch.setattr(backends, "_loaded", {"cuda": first, "triton": second})
+    auto = backends.resolve("auto", "cuda")
+    assert (auto.kept_masks(2), auto.kept_masks(3)) == ("cuda's", "triton's")
+    assert not hasattr(auto, "no_such_function")
+    with pytest.raises(BackendError, match="two at most"):
+        auto.only_here(3)
+    with pytest.raises(BackendError, match="two at most"):
+        backends.resolve("cuda", "cuda").kept_masks(3)
+    third = ModuleType("fastmerge.backends.reference")
+    third.kept_masks = lambda models: "the reference's"  # type: ignore[attr-defined]
+    monkeypatch.setattr(backends, "_loaded", {"cuda": first, "triton": "no compiler", "reference": third})
+    assert backends.resolve("auto", "cuda").kept_masks(3) == "the reference's"

@@ -32,10 +32,23 @@ inline void done(int error) {
     if (error != 0) throw std::runtime_error(std::string("CUDA: ") + cuda::error_text(error));
 }
 
-inline cuda::Place place(const PlaceRef& ref) {
-    done(cuda::use_device(ref.first));
-    return {reinterpret_cast<void*>(ref.second)};
-}
+// A stream whose device is the thread's as long as this lives: the caller's comes back behind the launches.
+class AtPlace {
+public:
+    explicit AtPlace(const PlaceRef& ref) : stream_(reinterpret_cast<void*>(ref.second)) {
+        done(cuda::enter_device(ref.first, &before_));
+    }
+    AtPlace(const AtPlace&) = delete;
+    AtPlace& operator=(const AtPlace&) = delete;
+    ~AtPlace() { cuda::leave_device(before_); }
+    operator cuda::Place() const { return {stream_}; }
+
+private:
+    void* stream_;
+    void* before_ = nullptr;
+};
+
+inline AtPlace place(const PlaceRef& ref) { return AtPlace(ref); }
 
 inline cuda::Array array(const Ref& ref) {
     need(ref.second >= 0 && ref.second <= 2, "dtype code out of range");

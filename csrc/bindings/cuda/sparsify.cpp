@@ -38,6 +38,13 @@ void bind_sparsify(py::module_& m) {
         done(cuda::l1_sums(place(where), models(base, subtract, tensors, numel, compute), rule(kept),
                            address<int64_t>(limbs)));
     });
+    m.def("ranks_rows", [](const PlaceRef& where, int64_t length) {
+        place(where);
+        return cuda::ranks_rows(length);
+    });
+    m.def("rank_rows", [](const PlaceRef& where, const RowsRef& some, int most_open, uintptr_t mask) {
+        done(cuda::rank_rows(place(where), rows(some), most_open, address<uint8_t>(mask)));
+    });
     m.def("row_keys", [](const PlaceRef& where, const RowsRef& some, uintptr_t keys) {
         done(cuda::row_keys(place(where), rows(some), address<int32_t>(keys)));
     });

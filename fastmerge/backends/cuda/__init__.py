@@ -76,4 +76,4 @@ def check_usable() -> None:
     if torch.version.hip or not torch.cuda.is_available():
         raise ImportError("no NVIDIA GPU that this torch can use")
     if reason := compiled.check_usable():
-        raise ImportError(reason)
+        raise ImportError(f"{reason}; this build has code for {compiled.ARCHITECTURES or 'none'}")

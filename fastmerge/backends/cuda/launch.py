@@ -55,13 +55,19 @@ LAUNCHES = 4
 """By as many of them numbers are written that are few; a copy costs more than that."""
 
 
+def _captured(device: torch.device) -> bool:
+    """Whether what is enqueued now becomes part of a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def table(values: list[int] | Tensor, device: torch.device) -> Tensor:
     """int64 numbers in the device's memory, without waiting for it.
 
-    Few of them are written by launches, which graphs can capture; more are copied while the host goes on.
+    Few of them are written by launches, more are copied while the host goes on. A graph cannot capture a copy of memory
+    that is taken meanwhile: there all numbers are written by launches, which hold them.
     """
     most = compiled.MOST_NUMBERS
-    if len(values) <= LAUNCHES * most:
+    if len(values) <= LAUNCHES * most or _captured(device):
         numbers = values.tolist() if isinstance(values, Tensor) else values
         out = torch.empty(len(numbers), dtype=torch.int64, device=device)
         for first in range(0, len(numbers), most):

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ...errors import BackendError
 from ...reference.pcb import score_keys
 from ..gpu import no_products, pairs, products, sorted_bounds
+from ..limits import TooManyModelsError
 from ..rule import L1_LIMBS, PcbRule
 from .launch import Ref, address, compiled, inputs, place, ref, table
 
@@ -46,7 +46,7 @@ _Chunks = Iterable[tuple[Tensor | None, list[Tensor]]]
 def _rows(base: Tensor | None, tensors: Sequence[Tensor]) -> tuple[Ref, bool, list[Ref], int]:
     """A chunk of n rows as kernels take it."""
     if len(tensors) > compiled.MOST_MODELS:
-        raise BackendError(
+        raise TooManyModelsError(
             f"the cuda backend takes at most {compiled.MOST_MODELS} rows in PCB-Merging, not {len(tensors)}; "
             'use backend="triton".'
         )

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import BackendError
 from ...reference.select import hashed_mask
 from ..gpu import bounds_by_group
+from ..limits import TooManyModelsError
 from ..lists import Lists, addresses, before
 from ..rule import TIE_BLOCK
 from . import launch
@@ -126,7 +126,7 @@ class _Work:
         blocks_results: where results have more.
         """
         if len(models) > compiled.MOST_MODELS:
-            raise BackendError(
+            raise TooManyModelsError(
                 f"the cuda backend takes up to {compiled.MOST_MODELS} models at once, not {len(models)}; "
                 'use backend="triton".'
             )

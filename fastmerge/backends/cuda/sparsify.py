@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import BackendError
 from ...reference import random
+from ..limits import TooManyModelsError
 from ..rule import L1_LIMBS, SparsifyRule
 from .launch import CODES, NOTHING, address, compiled, inputs, place, ref
 
@@ -18,13 +18,16 @@ __all__ = ["count_nonfinite", "kept_masks", "l1_sums", "zero_nonfinite_"]
 METHODS = {"none": 0, "band": 1, "bernoulli": 2, "mask": 4}
 
 SORTED = 1 << 24
-"""Keys of rows that are sorted at a time: 64 MB, and as much again for the sorted ones."""
+"""Keys that are sorted at a time, of rows too long for a block: 64 MB, and as much again for the sorted ones."""
+
+OPEN = 1 << 10
+"""Bins of a row's keys that a block refines at a time."""
 
 
 def few(models: int) -> None:
-    """BackendError where a launch cannot take so many models."""
+    """TooManyModelsError where a launch cannot take so many models."""
     if models > compiled.MOST_MODELS:
-        raise BackendError(
+        raise TooManyModelsError(
             f"the cuda backend merges at most {compiled.MOST_MODELS} models at once, not {models}; "
             'use backend="triton", which takes any number'
         )
@@ -109,21 +112,28 @@ def _keep_by_rank(
     compute: torch.dtype,
     mask: Tensor,
 ) -> None:
-    """DELLA's mask of one model, some rows at a time."""
+    """DELLA's mask of one model."""
     length, where = rule.row_length, place(x.device)
     count = x.numel() // length
+
+    def group(begin: int, rows: int) -> tuple[Any, ...]:
+        reference = NOTHING if base is None else _from(base, begin)
+        numbers = (density, epsilon, rule.seed, rule.tensor_id, rule.offset + begin, stream)
+        return reference, base is not None, _from(x, begin), CODES[compute], rows, length, *numbers
+
+    if compiled.ranks_rows(where, length):
+        compiled.rank_rows(where, group(0, count), OPEN, mask.data_ptr())
+        return
     # In groups of eight rows, so that a group ends where a byte of the mask ends.
     some = max(1, SORTED // (8 * length)) * 8
     for first in range(0, count, some):
         rows = min(some, count - first)
         begin = first * length
-        reference = NOTHING if base is None else _from(base, begin)
-        numbers = (density, epsilon, rule.seed, rule.tensor_id, rule.offset + begin, stream)
-        group = (reference, base is not None, _from(x, begin), CODES[compute], rows, length, *numbers)
+        some_rows = group(begin, rows)
         keys = torch.empty(rows, length, dtype=torch.int32, device=x.device)
-        compiled.row_keys(where, group, keys.data_ptr())
+        compiled.row_keys(where, some_rows, keys.data_ptr())
         keys = keys.sort(dim=1).values
-        compiled.row_masks(where, group, keys.data_ptr(), mask.data_ptr() + begin // 8)
+        compiled.row_masks(where, some_rows, keys.data_ptr(), mask.data_ptr() + begin // 8)
 
 
 def _from(x: Tensor, begin: int) -> tuple[int, int]:
