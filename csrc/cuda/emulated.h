@@ -187,6 +187,11 @@ FM_DEVICE uint32_t two_bfloat16(float low, float high) {
 FM_DEVICE uint32_t two_float16(float low, float high) {
     return round_float16(low) | (static_cast<uint32_t>(round_float16(high)) << 16);
 }
+// Of a number and a NaN the number, though the NaN be a signalling one, for which the C library's returns a NaN.
+FM_DEVICE float fmaxf(float a, float b) {
+    if (a == b) return signbit(a) ? b : a;
+    return a > b || b != b ? a : b;
+}
 FM_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
     return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
 }

@@ -148,6 +148,12 @@ def test_many_tensors(part: int, models: int, order: str, monkeypatch: pytest.Mo
             assert_bitwise_equal(found.cpu(), expected)
 
 
+def test_a_signalling_nan_takes_no_part() -> None:
+    odd = torch.tensor([0x7F81, 0x7FC1, -0x7F, 0x7F80], dtype=torch.int16).view(torch.bfloat16)
+    models = [odd, torch.zeros(4).bfloat16(), torch.full((4,), -1.25).bfloat16()]
+    check(None, models, [1.0] * 3, SparsifyRule(), inputs="deltas")
+
+
 def test_what_many_tensors_must_be() -> None:
     cuda = backends.resolve("cuda")
     x, y = there(torch.ones(3)), there(torch.ones(3, dtype=torch.bfloat16))
