@@ -1069,6 +1069,7 @@ MUTATIONS += [
             "(is_last && nth_last > last.ties)",
         ),
         ("keys below a window are not counted", "|| keys[t] < low) continue;", ") continue;"),
+        ("equals of other parts come before", "(source, tie_block * kTieBlock, end,", "(source, begin, end,"),
     ),
     *_in(
         "csrc/cuda/pcb.cu",

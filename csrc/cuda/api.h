@@ -31,14 +31,14 @@ int64_t processors();  // of the current device
 // find or of the one vector; otherwise of keys that begin with their model's number.
 int count_keys(Place place, const Work& work, Digit digit, bool ranked, int64_t* counts);
 // The same of at most 11 bits, of keys that begin with the state's prefix for each of two ranks: [rows, 2, 2^width],
-// or, of the leading digit, [rows, 2^width], in rows of 2^11 numbers. found: int32 [n, ranks, blocks, 2^width], or
-// nothing; of both ranks, or of the second.
+// or, of the leading digit, [rows, 2^width], in rows of 2^11 numbers; keys are wide, and values are not rounded. found:
+// int32 [n, ranks, blocks, 2^width], or nothing; added to, of both ranks, or of the second.
 int count_digit(Place place, const Work& work, Digit digit, const int64_t* state, int64_t* counts, int32_t* found,
                 int ranks);
 // Chooses each rank's digit and clears its counts. bounds, magnitude: with the last digit, one of them.
 int choose_digit(Place place, const Work& work, Digit digit, int64_t* state, int64_t* counts, int64_t* bounds,
                  float* magnitude);
-// Of each tie block, how many keys equal each bound that cuts equals: [n, 2, blocks_results].
+// Of each tie block, how many keys equal each bound that cuts equals: [n, 2, blocks_results], added to.
 int count_ties(Place place, const Work& work, const int64_t* bounds, int64_t* counts);
 // What comes before each block, from those counts in place, or from `found`.
 int sum_ties(Place place, const Work& work, const int64_t* bounds, const int32_t* found, int ranks, int64_t* ties);

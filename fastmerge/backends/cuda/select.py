@@ -161,7 +161,7 @@ def _large_bounds(work: _Work, ranks: int, bounds: Tensor, ties_before: Tensor) 
         compiled.count_ties(work.place, work.described, address(bounds), address(ties_before))
     else:
         shape = (work.models, ranks, work.blocks, 1 << DIGITS[-1][1])
-        found = torch.empty(shape, dtype=torch.int32, device=work.device)
+        found = torch.zeros(shape, dtype=torch.int32, device=work.device)
         for digit in DIGITS:
             kept = found if digit is DIGITS[-1] else None
             compiled.count_digit(
@@ -187,7 +187,8 @@ def _bounds(
     for numel in lengths:
         begins.append(begins[-1] + _tie_blocks(numel))
     bounds = torch.empty(len(tensors), len(models), 2, 2, dtype=torch.int64, device=device)
-    ties_before = torch.empty(len(models), 2, begins[-1], dtype=torch.int64, device=device)
+    # Counts of ties are added to it.
+    ties_before = torch.zeros(len(models), 2, begins[-1], dtype=torch.int64, device=device)
     small = [t for t, numel in enumerate(lengths) if numel <= SMALL]
     large = [t for t, numel in enumerate(lengths) if numel > SMALL]
     for part in (large, small):
@@ -323,7 +324,7 @@ def tie_counts(base: Tensor | None, tensors: list[Tensor], bounds: Tensor, compu
     """How many elements of each tie block equal a bound that splits equals; see `fastmerge.ops.tie_counts`."""
     bases = None if base is None else [base]
     work = _Work.of(bases, [tensors], [[]], _kind(base, tensors, compute), compute)
-    out = torch.empty(len(tensors), 2, work.blocks, dtype=torch.int64, device=work.device)
+    out = torch.zeros(len(tensors), 2, work.blocks, dtype=torch.int64, device=work.device)
     compiled.count_ties(work.place, work.described, address(bounds), address(out))
     return out
 
