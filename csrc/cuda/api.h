@@ -85,8 +85,10 @@ int pcb_sums(Place place, const PcbArgs& args, int64_t* limbs);         // adds 
 int pcb_collected_halves(Place place, int32_t rows, const uint32_t* keys, int64_t capacity, const int64_t* collected,
                          const int64_t* prefix, int64_t* counts);  // as kPcbHistogram, of collected keys
 int pcb_pick(Place place, int32_t rows, const int64_t* counts, int64_t* prefix, int64_t* rank);
+// memory: kWindowNumbers zeros for each row.
+constexpr int64_t kWindowNumbers = 7 * 2048 + 32;
 int pcb_likely_window(Place place, int32_t rows, const int32_t* sample, int64_t size, const int64_t* places,
-                      int64_t most, int32_t* window);
+                      int64_t most, int32_t* memory, int32_t* window);
 int pcb_settle(Place place, int32_t rows, const int64_t* rank, const int32_t* window, const int64_t* collected,
                int64_t capacity, const int64_t* prefix, int64_t* found, int32_t* missing);
 
