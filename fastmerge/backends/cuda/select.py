@@ -187,8 +187,9 @@ def _bounds(
     for numel in lengths:
         begins.append(begins[-1] + _tie_blocks(numel))
     bounds = torch.empty(len(tensors), len(models), 2, 2, dtype=torch.int64, device=device)
-    # Counts of ties are added to it.
-    ties_before = torch.zeros(len(models), 2, begins[-1], dtype=torch.int64, device=device)
+    # Of narrow keys ties are counted in place: they are added to what is there.
+    new = torch.empty if kind == WIDE else torch.zeros
+    ties_before = new((len(models), 2, begins[-1]), dtype=torch.int64, device=device)
     small = [t for t, numel in enumerate(lengths) if numel <= SMALL]
     large = [t for t, numel in enumerate(lengths) if numel > SMALL]
     for part in (large, small):
