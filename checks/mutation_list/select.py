@@ -216,5 +216,6 @@ MUTATIONS = [
             "(is_last && nth_last > last.ties)",
         ),
         ("keys below a window are not counted", "|| keys[t] < low) continue;", ") continue;"),
+        ("equals of other parts come before", "(source, tie_block * kTieBlock, end,", "(source, begin, end,"),
     ),
 ]

@@ -18,6 +18,7 @@ PYBIND11_MODULE(FASTMERGE_CUDA_MODULE, m) {
     m.doc() = "CUDA kernels of fastmerge. Use fastmerge.ops instead.";
     m.attr("TIE_BLOCK") = cuda::kTieBlock;
     m.attr("MOST_MODELS") = cuda::kMostModels;
+    m.attr("WINDOW_NUMBERS") = cuda::kWindowNumbers;
     m.attr("ARCHITECTURES") = FASTMERGE_CUDA_ARCHITECTURES;
     m.def("check_usable", &cuda::check_usable, "Why kernels cannot run here; an empty sentence where they can.");
     m.attr("MOST_NUMBERS") = cuda::kMostNumbers;

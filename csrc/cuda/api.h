@@ -33,14 +33,14 @@ int64_t processors();  // of the current device
 // find or of the one vector; otherwise of keys that begin with their model's number.
 int count_keys(Place place, const Work& work, Digit digit, bool ranked, int64_t* counts);
 // The same of at most 11 bits, of keys that begin with the state's prefix for each of two ranks: [rows, 2, 2^width],
-// or, of the leading digit, [rows, 2^width], in rows of 2^11 numbers. found: int32 [n, ranks, blocks, 2^width], or
-// nothing; of both ranks, or of the second.
+// or, of the leading digit, [rows, 2^width], in rows of 2^11 numbers; keys are wide, and values are not rounded. found:
+// int32 [n, ranks, blocks, 2^width], or nothing; added to, of both ranks, or of the second.
 int count_digit(Place place, const Work& work, Digit digit, const int64_t* state, int64_t* counts, int32_t* found,
                 int ranks);
 // Chooses each rank's digit and clears its counts. bounds, magnitude: with the last digit, one of them.
 int choose_digit(Place place, const Work& work, Digit digit, int64_t* state, int64_t* counts, int64_t* bounds,
                  float* magnitude);
-// Of each tie block, how many keys equal each bound that cuts equals: [n, 2, blocks_results].
+// Of each tie block, how many keys equal each bound that cuts equals: [n, 2, blocks_results], added to.
 int count_ties(Place place, const Work& work, const int64_t* bounds, int64_t* counts);
 // What comes before each block, from those counts in place, or from `found`.
 int sum_ties(Place place, const Work& work, const int64_t* bounds, const int32_t* found, int ranks, int64_t* ties);
@@ -91,8 +91,10 @@ int pcb_sums(Place place, const PcbArgs& args, int64_t* limbs);         // adds 
 int pcb_collected_halves(Place place, int32_t rows, const uint32_t* keys, int64_t capacity, const int64_t* collected,
                          const int64_t* prefix, int64_t* counts);  // as kPcbHistogram, of collected keys
 int pcb_pick(Place place, int32_t rows, const int64_t* counts, int64_t* prefix, int64_t* rank);
+// memory: kWindowNumbers zeros for each row.
+constexpr int64_t kWindowNumbers = 7 * 2048 + 32;
 int pcb_likely_window(Place place, int32_t rows, const int32_t* sample, int64_t size, const int64_t* places,
-                      int64_t most, int32_t* window);
+                      int64_t most, int32_t* memory, int32_t* window);
 int pcb_settle(Place place, int32_t rows, const int64_t* rank, const int32_t* window, const int64_t* collected,
                int64_t capacity, const int64_t* prefix, int64_t* found, int32_t* missing);
 

@@ -71,13 +71,6 @@ FM_DEVICE int64_t atomic_add(int64_t* to, int64_t value) {
         atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value)));
 }
 FM_DEVICE uint32_t atomic_or(uint32_t* to, uint32_t value) { return atomicOr(to, value); }
-// Adds 1 to shared memory where `counted`, without a branch.
-FM_DEVICE void count_if(uint32_t* to, bool counted) {
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p red.shared.add.u32 [%0], 1; }" ::"r"(
-                     static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-                 "r"(counted ? 1u : 0u)
-                 : "memory");
-}
 // A number that other threads may be changing by the operations above and below: what it is, or was.
 FM_DEVICE int32_t peek(const int32_t* from) { return *static_cast<const volatile int32_t*>(from); }
 // Writes `value` where `expected` was.

@@ -121,9 +121,6 @@ FM_DEVICE uint32_t atomic_or(uint32_t* to, uint32_t value) {
     *to = before | value;
     return before;
 }
-FM_DEVICE void count_if(uint32_t* to, bool counted) {
-    if (counted) *to += 1;
-}
 FM_DEVICE int32_t peek(const int32_t* from) { return *from; }
 FM_DEVICE int32_t atomic_exchange_if(int32_t* to, int32_t expected, int32_t value) {
     int32_t before = *to;

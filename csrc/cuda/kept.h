@@ -90,16 +90,7 @@ FM_DEVICE void delta_at(Array base, bool subtract, Array x, int32_t compute, int
     Raw<true> raw, raw_base;
     load_raw<true>(x, at, end, false, raw);
     if (subtract) load_raw<true>(base, at, end, false, raw_base);
-    widen_raw<true>(raw, x.dtype, delta);
-    if (x.dtype != compute) round8(compute, delta);
-    if (subtract) {
-        float reference[kEach];
-        widen_raw<true>(raw_base, base.dtype, reference);
-        if (base.dtype != compute) round8(compute, reference);
-        FM_UNROLL
-        for (int t = 0; t < kEach; ++t) delta[t] = delta[t] - reference[t];
-        round8(compute, delta);
-    }
+    delta_of<true>(raw, x.dtype, subtract, raw_base, base.dtype, compute, delta);
     if (at + kEach <= end) return;
     FM_UNROLL
     for (int t = 0; t < kEach; ++t) delta[t] = at + t < end ? delta[t] : 0.0f;

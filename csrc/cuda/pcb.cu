@@ -593,118 +593,169 @@ FM_KERNEL(kThreads) pcb_pick_kernel(const int64_t* counts, int64_t* prefix, int6
 }
 
 // The window of a row in which a rank must lie by its sample: six standard errors to either side, judged by how much
-// runs of neighbours differ. A block finds it alone, by three digits of the keys, from the top.
-constexpr int kWindowThreads = 512;
+// runs of neighbours differ. First the key at the rank's place is found, by three digits from the top; then runs are
+// compared with it; then the keys at the window's two ends are found, of which the first digit is counted already.
+// These are steps of a launch each, with many blocks for a row: every block of a step chooses by what all of the step
+// before counted, and counts a part.
 constexpr int kDigitBits = 11;
 constexpr int kDigits = 1 << kDigitBits;
 constexpr int kKeysAtOnce = 4;  // times four, of a thread
+constexpr int64_t kKeysOfBlock = 1 << 13;
+enum WindowStep : int { kFirstDigit, kSecondDigit, kThirdDigit, kRuns, kSecondOfEnds, kThirdOfEnds, kEnds, kSteps };
+
+// Found of a key, and the place that is wanted among those that begin with it.
+struct Found {
+    uint32_t prefix, left;
+};
+
+// What steps tell each other of a row, in the device's memory; of zeros at first.
+struct alignas(16) WindowRow {
+    uint32_t bins[7][kDigits];  // of the key the three digits; of the ends the second of both, and the third
+    Found found[kSteps][2];     // by each step, of the key or of the ends
+    uint32_t sum, squares;      // of how many of a run are not below the key
+};
+static_assert(sizeof(WindowRow) == 4 * kWindowNumbers, "there is room for it");
 
 struct WindowShared {
     uint32_t bins[2][kDigits];
-    uint32_t prefix[2], left[2];  // found of a key, and the place that is wanted among those that begin with it
-    uint32_t sum, squares;        // of how many of a run are not below
+    Found found[2];
+    uint32_t partial[kWarps + 1];
 };
 
-// Calls work(key) for all keys of a block; their number is a multiple of kRun.
+FM_INLINE int digit_of_step(int step) { return step < kSecondOfEnds ? step : step - kRuns; }
+FM_INLINE int bits_of_digit(int digit) { return digit == 2 ? 32 - 2 * kDigitBits : kDigitBits; }
+
+// Calls work(key) for all keys of a block, which takes its turn among those of its row. The number of keys is a
+// multiple of kRun.
 template <class Work>
-FM_DEVICE void over_sample(const int32_t* keys, int64_t size, const Work& work) {
-    for (int64_t start = 4 * thread(); start < size; start += int64_t{4} * kWindowThreads * kKeysAtOnce) {
+FM_DEVICE void over_sample(const int32_t* keys, int64_t size, int64_t turn, int64_t turns, const Work& work) {
+    constexpr int64_t kTurn = int64_t{4} * kThreads * kKeysAtOnce;
+    for (int64_t start = turn * kTurn + 4 * thread(); start < size; start += turns * kTurn) {
         Words4 read[kKeysAtOnce];
         FM_UNROLL
         for (int k = 0; k < kKeysAtOnce; ++k) {
-            int64_t at = start + int64_t{4} * kWindowThreads * k;
+            int64_t at = start + int64_t{4} * kThreads * k;
             if (at < size) read[k] = load16(keys + at);
         }
         FM_UNROLL
         for (int k = 0; k < kKeysAtOnce; ++k) {
-            if (start + int64_t{4} * kWindowThreads * k >= size) break;
+            if (start + int64_t{4} * kThreads * k >= size) break;
             FM_UNROLL
             for (int t = 0; t < 4; ++t) work(read[k].word[t] ^ 0x80000000u);
         }
     }
 }
 
-// The keys at so many places, 1 or 2, counted from 0, the lowest. The places are in memory.left, the keys then in
-// prefix.
-FM_DEVICE void keys_at(const int32_t* keys, int64_t size, int places, WindowShared& memory) {
-    for (int level = 0; level < 3; ++level) {
-        int bits = level == 2 ? 32 - 2 * kDigitBits : kDigitBits;
-        int shift = level == 0 ? 32 - kDigitBits : level == 1 ? 32 - 2 * kDigitBits : 0;
-        for (int k = thread(); k < 2 * kDigits; k += kWindowThreads) memory.bins[k / kDigits][k % kDigits] = 0;
-        sync();
-        uint32_t first = memory.prefix[0], second = memory.prefix[1];
-        over_sample(keys, size, [&](uint32_t key) {
-            // In two shifts, for by 32 there is none.
-            uint32_t begins = level == 0 ? 0u : (key >> shift) >> bits;
-            uint32_t digit = (key >> shift) & ((1u << bits) - 1u);
-            if (level == 0 || begins == first) atomic_add(&memory.bins[0][digit], 1u);
-            if (places == 2 && (level == 0 || begins == second)) atomic_add(&memory.bins[1][digit], 1u);
-        });
-        sync();
-        int which = thread() / 32;
-        if (which < places) {
-            constexpr int kOwn = kDigits / 32;
-            const uint32_t* bins = memory.bins[which] + kOwn * lane();
-            uint32_t own = 0, left = memory.left[which];
-            // Each thread begins elsewhere, so that they do not all read of one bank.
-            for (int k = 0; k < kOwn; ++k) own += bins[(k + lane()) % kOwn];
-            uint32_t before = static_cast<uint32_t>(sum_of_lanes_upto(own)) - own;
-            if (before <= left && left < before + own) {
-                int k = 0;
-                for (; left >= before + bins[k]; ++k) before += bins[k];
-                uint32_t digit = static_cast<uint32_t>(kOwn * lane() + k);
-                memory.prefix[which] = level == 0 ? digit : (memory.prefix[which] << bits) | digit;
-                memory.left[which] = left - before;
-            }
-        }
-        sync();
+// Adds to what is found the digit in which the place lies; by the whole block. `to` is shared.
+FM_DEVICE void choose(const uint32_t* bins, int bits, Found from, uint32_t* partial, Found* to) {
+    constexpr int kOwn = kDigits / kThreads;
+    const uint32_t* mine = bins + kOwn * thread();
+    uint32_t own = 0, total;
+    FM_UNROLL
+    for (int k = 0; k < kOwn; k += 4) {
+        Words4 four = load16(mine + k);
+        own += four.word[0] + four.word[1] + four.word[2] + four.word[3];
+    }
+    uint32_t before = sum_before(own, partial, &total);
+    if (before <= from.left && from.left < before + own) {
+        int k = 0;
+        for (; from.left >= before + mine[k]; ++k) before += mine[k];
+        *to = {(from.prefix << bits) | static_cast<uint32_t>(kOwn * thread() + k), from.left - before};
     }
 }
 
-// A block per row: two keys of it, as int32 that order as keys do. place: [n], that of the rank in the sample, counted
-// from the lowest. most: how far from it the two may be.
-FM_KERNEL(kWindowThreads)
-pcb_likely_window_kernel(const int32_t* sample, int64_t size, const int64_t* place, int64_t most, int32_t* window) {
-    WindowShared& memory = shared<WindowShared>();
-    const int32_t* keys = sample + block() * size;
-    int64_t centre = place[block()], runs = size / kRun;
-    if (thread() == 0) {
-        memory.left[0] = static_cast<uint32_t>(centre);
-        memory.prefix[0] = memory.prefix[1] = memory.sum = memory.squares = 0;
-    }
-    sync();
-    keys_at(keys, size, 1, memory);
-    int32_t key = static_cast<int32_t>(memory.prefix[0] ^ 0x80000000u);
-    for (int64_t run = thread() / 32; run < runs; run += kWindowThreads / 32) {
-        uint32_t not_below = 0;
+// How many of each run of a row are not below `key`: their sum, and that of their squares; a warp takes a run.
+FM_DEVICE void over_runs(const int32_t* keys, int64_t runs, int64_t turn, int64_t turns, int32_t key, WindowRow& row) {
+    constexpr int kAtOnce = 4;
+    constexpr int kParts = kRun / 32;
+    uint32_t sum = 0, squares = 0;
+    for (int64_t run = (turn * kWarps + thread() / 32) * kAtOnce; run < runs; run += turns * kWarps * kAtOnce) {
+        int32_t read[kAtOnce][kParts];
         FM_UNROLL
-        for (int part = 0; part < kRun; part += 32) {
-            not_below += static_cast<uint32_t>(count_bits(ballot(keys[run * kRun + part + lane()] >= key)));
+        for (int k = 0; k < kAtOnce; ++k) {
+            FM_UNROLL
+            for (int part = 0; part < kParts; ++part) {
+                int64_t at = smaller(run + k, runs - 1) * kRun + 32 * part + lane();
+                read[k][part] = keys[at];
+            }
         }
-        if (lane() == 0) {
-            atomic_add(&memory.sum, not_below);
-            atomic_add(&memory.squares, not_below * not_below);
+        FM_UNROLL
+        for (int k = 0; k < kAtOnce; ++k) {
+            uint32_t not_below = 0;
+            FM_UNROLL
+            for (int part = 0; part < kParts; ++part) {
+                not_below += static_cast<uint32_t>(count_bits(ballot(read[k][part] >= key)));
+            }
+            if (run + k >= runs) break;
+            sum += not_below;
+            squares += not_below * not_below;
         }
     }
-    sync();
-    // The variance of a run's count times the number of runs is that of all of them together.
-    int64_t spread = runs * static_cast<int64_t>(memory.squares) -
-                     static_cast<int64_t>(memory.sum) * static_cast<int64_t>(memory.sum);
-    float error = runs > 1 ? sqrtf(static_cast<float>(spread) / static_cast<float>(runs - 1)) : 0.0f;
-    int64_t reach = runs > 1 ? smaller(static_cast<int64_t>(6.0f * error) + 8, most) : most;
-    int64_t low = centre - reach, high = centre + reach;
-    sync();
-    if (thread() == 0) {
-        memory.left[0] = static_cast<uint32_t>(low < 0 ? 0 : low);
-        memory.left[1] = static_cast<uint32_t>(high >= size ? size - 1 : high);
-        memory.prefix[0] = memory.prefix[1] = 0;
+    if (lane() == 0 && sum > 0) {
+        atomic_add(&row.sum, sum);
+        atomic_add(&row.squares, squares);
+    }
+}
+
+// place: [n], that of the rank in the sample, counted from the lowest. most: how far from it the ends may be. window:
+// two keys of each row, as int32 that order as keys do.
+FM_KERNEL(kThreads)
+pcb_likely_window_kernel(int step, const int32_t* sample, int64_t size, const int64_t* place, int64_t most,
+                         WindowRow* known, int32_t* window, int64_t blocks_of_row) {
+    WindowShared& memory = shared<WindowShared>();
+    int64_t number = block() / blocks_of_row, turn = block() % blocks_of_row, runs = size / kRun;
+    WindowRow& row = known[number];
+    const int32_t* keys = sample + number * size;
+    int64_t centre = place[number], low = centre, high = centre;
+    bool ends = step >= kSecondOfEnds;
+    if (ends) {
+        // The variance of a run's count times the number of runs is that of all of them together.
+        int64_t spread =
+            runs * static_cast<int64_t>(row.squares) - static_cast<int64_t>(row.sum) * static_cast<int64_t>(row.sum);
+        float error = runs > 1 ? sqrtf(static_cast<float>(spread) / static_cast<float>(runs - 1)) : 0.0f;
+        int64_t reach = runs > 1 ? smaller(static_cast<int64_t>(6.0f * error) + 8, most) : most;
+        low = centre - reach;
+        high = centre + reach;
+    }
+    int counted = digit_of_step(step) - 1;  // by the step before
+    for (int end = 0; end < (ends ? 2 : 1) && step > 0; ++end) {
+        Found from = row.found[step - 1][end];
+        int64_t begin = end == 0 ? low : high;
+        if (counted == 0) from = {0, static_cast<uint32_t>(begin < 0 ? 0 : smaller(begin, size - 1))};
+        const uint32_t* bins = row.bins[ends && counted > 0 ? 2 * counted + 1 + end : counted];
+        choose(bins, bits_of_digit(counted), from, memory.partial, &memory.found[end]);
     }
     sync();
-    keys_at(keys, size, 2, memory);
-    if (thread() == 0) {
+    if (step > 0 && turn == 0 && thread() < (ends ? 2 : 1)) row.found[step][thread()] = memory.found[thread()];
+    if (step == kEnds) {
+        if (thread() != 0) return;
         const int32_t least = -0x7fffffff - 1, greatest = 0x7fffffff;  // below and above every key
-        window[2 * block()] = low < 0 ? least : static_cast<int32_t>(memory.prefix[0] ^ 0x80000000u);
-        window[2 * block() + 1] = high >= size ? greatest : static_cast<int32_t>(memory.prefix[1] ^ 0x80000000u);
+        window[2 * number] = low < 0 ? least : static_cast<int32_t>(memory.found[0].prefix ^ 0x80000000u);
+        window[2 * number + 1] = high >= size ? greatest : static_cast<int32_t>(memory.found[1].prefix ^ 0x80000000u);
+        return;
+    }
+    if (step == kRuns) {
+        over_runs(keys, runs, turn, blocks_of_row, static_cast<int32_t>(memory.found[0].prefix ^ 0x80000000u), row);
+        return;
+    }
+    int digit = counted + 1, bits = bits_of_digit(digit),
+        shift = digit == 0   ? 32 - bits
+                : digit == 1 ? 32 - 2 * bits
+                             : 0;
+    for (int k = thread(); k < 2 * kDigits; k += kThreads) memory.bins[k / kDigits][k % kDigits] = 0;
+    sync();
+    uint32_t first = memory.found[0].prefix, second = memory.found[1].prefix;
+    over_sample(keys, size, turn, blocks_of_row, [&](uint32_t key) {
+        // In two shifts, for by 32 there is none.
+        uint32_t begins = (key >> shift) >> bits, own = (key >> shift) & ((1u << bits) - 1u);
+        if (digit == 0 || begins == first) atomic_add(&memory.bins[0][own], 1u);
+        if (ends && begins == second) atomic_add(&memory.bins[1][own], 1u);
+    });
+    sync();
+    for (int k = thread(); k < (ends ? 2 : 1) * kDigits; k += kThreads) {
+        int end = k / kDigits;
+        uint32_t count = memory.bins[end][k % kDigits];
+        if (count > 0) atomic_add(&row.bins[ends ? 2 * digit + 1 + end : digit][k % kDigits], count);
     }
 }
 
@@ -839,9 +890,15 @@ int pcb_pick(Place place, int32_t rows, const int64_t* counts, int64_t* prefix, 
 }
 
 int pcb_likely_window(Place place, int32_t rows, const int32_t* sample, int64_t size, const int64_t* places,
-                      int64_t most, int32_t* window) {
-    return launch(pcb_likely_window_kernel, rows, kWindowThreads, sizeof(WindowShared), place.stream, sample, size,
-                  places, most, window);
+                      int64_t most, int32_t* memory, int32_t* window) {
+    int64_t blocks = (size + kKeysOfBlock - 1) / kKeysOfBlock;
+    int error = 0;
+    for (int step = 0; step < kSteps && error == 0; ++step) {
+        int64_t of_row = step == kEnds ? 1 : blocks;
+        error = launch(pcb_likely_window_kernel, rows * of_row, kThreads, sizeof(WindowShared), place.stream, step,
+                       sample, size, places, most, reinterpret_cast<WindowRow*>(memory), window, of_row);
+    }
+    return error;
 }
 
 int pcb_settle(Place place, int32_t rows, const int64_t* rank, const int32_t* window, const int64_t* collected,

@@ -20,6 +20,11 @@ constexpr uint32_t kNoKey = 0xffffffffu;     // past the end of a tensor
 constexpr uint32_t kNeverKey = 0xfffffffeu;  // of no element
 constexpr int kRowBits = 11;                 // a row of counts in a descent
 constexpr int64_t kUnit = kTieBlock / 4;     // elements by which blocks divide the work
+constexpr int64_t kLeastPart = kUnit / 2;    // of a block that counts next to nothing in shared memory
+constexpr int kPartsPerProcessor = 16;       // where there are so many parts, processors end together
+
+// How the elements lie in memory: as the very bits that keys are made of, as other 16-bit numbers, or as any.
+enum Form : int { kBits, kShort, kAny };
 
 // --- what a launch goes through
 
@@ -53,6 +58,36 @@ FM_DEVICE bool to_be_found(const Work& work, const Tensor& tensor, int32_t model
 
 FM_DEVICE int64_t blocks_of(const Tensor& tensor) {
     return tensor.numel == 0 ? 1 : (tensor.numel + kTieBlock - 1) / kTieBlock;
+}
+
+// What a block of threads takes of one model: a tie block or a part of one.
+struct Part {
+    Tensor tensor;
+    int64_t number;      // the tensor's
+    int64_t tie_block;   // of all tensors
+    int64_t begin, end;  // in the tensor; the last parts of one may have nothing
+    int32_t model;
+};
+
+FM_DEVICE Part part_of(const Work& work, int32_t size) {
+    // Numbers of 32 bits are divided soon.
+    uint32_t number = static_cast<uint32_t>(block()), n = static_cast<uint32_t>(work.models.count);
+    uint32_t place = number / n, in_tie_block = static_cast<uint32_t>(kTieBlock) / static_cast<uint32_t>(size);
+    Part part;
+    part.model = static_cast<int32_t>(number % n);
+    part.tie_block = place / in_tie_block;
+    part.number = tensor_of(work, part.tie_block);
+    part.tensor = tensor_at(work, part.number);
+    part.begin = (part.tie_block - part.tensor.first) * kTieBlock + static_cast<int64_t>(place % in_tie_block) * size;
+    part.end = smaller(part.tensor.numel, part.begin + size);
+    return part;
+}
+
+// Elements of a part: fewer than a tie block has where there would not be enough parts to keep all processors busy.
+int32_t size_of_part(int64_t tie_blocks, int64_t least) {
+    int64_t size = kTieBlock;
+    while (size > least && tie_blocks * (kTieBlock / size) < kPartsPerProcessor * processors()) size /= 2;
+    return static_cast<int32_t>(size);
 }
 
 // --- keys
@@ -145,12 +180,13 @@ FM_DEVICE void each_words(Array x, int64_t begin, int64_t end, Use use) {
     }
 }
 
-// The same with eight keys, those past the end kNoKey. kRaw: they are the bits of 16-bit numbers.
-template <int kBlock, bool kRaw, class Use>
+// The same with eight keys, those past the end kNoKey. While `use` has the keys of a tile, those of the next are on
+// their way, of the model and the base together.
+template <int kBlock, int kForm, class Use>
 FM_DEVICE void each_key(const Source& source, int64_t begin, int64_t end, Use use) {
-    if (kRaw) {
+    uint32_t keys[kEach];
+    if constexpr (kForm == kBits) {
         each_words<kBlock>(source.x, begin, end, [&](int64_t at, const uint32_t* words) {
-            uint32_t keys[kEach];
             FM_UNROLL
             for (int i = 0; i < 4; ++i) {
                 keys[2 * i] = magnitude_key16(static_cast<uint16_t>(words[i]), source.kind);
@@ -159,19 +195,35 @@ FM_DEVICE void each_key(const Source& source, int64_t begin, int64_t end, Use us
             forget_past(at, end, keys);
             use(at, keys);
         });
-        return;
-    }
-    uint32_t keys[kEach];
-    bool subtract = source.base.data != nullptr;
-    for (int64_t tile = begin; tile < end; tile += kBlock * kEach) {
-        int64_t at = tile + thread() * kEach;
-        float base[kEach], delta[kEach];
-        if (subtract) load_rounded(source.base, source.compute, at, end, base);
-        delta8(source.x, subtract, source.compute, at, end, base, delta);
-        FM_UNROLL
-        for (int t = 0; t < kEach; ++t) keys[t] = key_of(delta[t], source.kind);
-        forget_past(at, end, keys);
-        use(at, keys);
+    } else {
+        constexpr bool kWideNumbers = kForm == kAny;
+        if (begin >= end) return;
+        bool subtract = source.base.data != nullptr;
+        bool aligned =
+            (reinterpret_cast<uintptr_t>(source.x.data) | reinterpret_cast<uintptr_t>(source.base.data)) % 16 == 0;
+        Raw<kWideNumbers> x, base = {};  // 0 where there is none: nobody looks at it
+        auto load = [&](int64_t at) {
+            // One condition for all loads, so that no branch stands between them.
+            bool simple = aligned && at + kEach <= end;
+            if (simple) {
+                load_raw<kWideNumbers>(source.x, at, end, true, x);
+                if (subtract) load_raw<kWideNumbers>(source.base, at, end, true, base);
+            } else {
+                load_raw<kWideNumbers>(source.x, at, end, false, x);
+                if (subtract) load_raw<kWideNumbers>(source.base, at, end, false, base);
+            }
+        };
+        int64_t at = begin + thread() * kEach;
+        load(at);
+        for (int64_t tile = begin; tile < end; tile += kBlock * kEach, at += kBlock * kEach) {
+            float delta[kEach];
+            delta_of<kWideNumbers>(x, source.x.dtype, subtract, base, source.base.dtype, source.compute, delta);
+            FM_UNROLL
+            for (int t = 0; t < kEach; ++t) keys[t] = key_of(delta[t], source.kind);
+            if (tile + kBlock * kEach < end) load(at + kBlock * kEach);
+            forget_past(at, end, keys);
+            use(at, keys);
+        }
     }
 }
 
@@ -184,12 +236,6 @@ struct Bins {
     uint32_t from, inside;
     int32_t kind, shift;  // of a 16-bit dtype: bins are its bits, and the digits in memory begin at bit `shift`
 };
-
-// All of them are in shared memory.
-FM_INLINE Bins all_inside(uint32_t* local) {
-    Bins bins = {local, nullptr, 0, 0, kFloat32, 0};
-    return bins;
-}
 
 FM_DEVICE void add_global(const Bins& bins, uint32_t bin, uint32_t times) {
     uint32_t digit = bins.kind == kFloat32 ? bin : magnitude_key16(static_cast<uint16_t>(bin), bins.kind) >> bins.shift;
@@ -218,29 +264,36 @@ FM_DEVICE bool same_in_warp(const uint32_t* keys) {
     return all_of_warp(differs == 0);
 }
 
-// Counts the digits of keys that begin with `prefix`. every: these eight do, and the digit is the leading one.
-template <bool kInside>
-FM_DEVICE void tally(const Bins& bins, Digit digit, uint32_t prefix, const uint32_t* keys, bool same, bool every) {
-    uint32_t mask = (1u << digit.width) - 1u;
-    int above = digit.shift + digit.width;
-    if (same) {
-        if (lane() == 0 && keys[0] >> above == prefix) {
-            add<kInside>(bins, (keys[0] >> digit.shift) & mask, 32 * kEach);
-        }
-    } else if (every) {
+// Counts the digits of keys that begin with `prefix`, in bins that are all in shared memory. Other keys are counted in
+// the bin `spare`, which nobody looks at: that is quicker than a branch for each. few: most warps have none to count.
+FM_DEVICE void tally_inside(uint32_t* bins, uint32_t spare, Digit digit, uint32_t prefix, const uint32_t* keys,
+                            bool few) {
+    uint32_t least = prefix << (digit.shift + digit.width), size = 1u << digit.width;
+    if (few) {
+        uint32_t nearest = keys[0] - least;
         FM_UNROLL
-        for (int t = 0; t < kEach; ++t) add<kInside>(bins, keys[t] >> digit.shift, 1u);
-    } else {
-        FM_UNROLL
-        for (int t = 0; t < kEach; ++t) {
-            bool counted = keys[t] >> above == prefix;
-            uint32_t bin = (keys[t] >> digit.shift) & mask;
-            if (kInside) {
-                count_if(&bins.local[bin], counted);
-            } else if (counted) {
-                add<kInside>(bins, bin, 1u);
-            }
-        }
+        for (int t = 1; t < kEach; ++t) nearest = keys[t] - least < nearest ? keys[t] - least : nearest;
+        if (all_of_warp(nearest >> digit.shift >= size)) return;
+    }
+    FM_UNROLL
+    for (int t = 0; t < kEach; ++t) {
+        uint32_t bin = (keys[t] - least) >> digit.shift;
+        atomic_add(&bins[bin < size ? bin : spare], 1u);
+    }
+}
+
+// The same, in bins of which others are elsewhere.
+FM_DEVICE void tally(const Bins& bins, Digit digit, uint32_t prefix, const uint32_t* keys) {
+    uint32_t least = prefix << (digit.shift + digit.width), size = 1u << digit.width;
+    if (same_in_warp(keys)) {
+        uint32_t bin = (keys[0] - least) >> digit.shift;
+        if (lane() == 0 && bin < size) add<false>(bins, bin, 32 * kEach);
+        return;
+    }
+    FM_UNROLL
+    for (int t = 0; t < kEach; ++t) {
+        uint32_t bin = (keys[t] - least) >> digit.shift;
+        if (bin < size) add<false>(bins, bin, 1u);
     }
 }
 
@@ -276,16 +329,19 @@ FM_DEVICE void clear(uint32_t* bins, int count, int threads) {
 }
 
 // A grid of as many blocks as run at once. The blocks of one group take the same part of each model, so that the base
-// is read from memory once. kRaw: bins are the bits of 16-bit numbers, and become those of digits when they are added.
-template <bool kRaw, bool kInside>
+// is read from memory once. kBits: bins are the bits of 16-bit numbers, and become those of digits when they are added.
+template <int kForm, bool kInside>
 FM_KERNEL_RESIDENT(kWide, 1)
 count_keys_kernel(FM_LARGE Work work, Digit digit, uint32_t from, uint32_t inside, bool ranked, int64_t groups,
                   int64_t* counts) {
     int32_t n = work.models.count, model = static_cast<int32_t>(block() % n);
     int64_t group = block() / n, units = work.blocks * (kTieBlock / kUnit);
     int64_t start = units * group / groups * kUnit, stop = units * (group + 1) / groups * kUnit;
-    Bins bins = {&shared<uint32_t>(),   nullptr, from, inside, kRaw ? work.kind : static_cast<int32_t>(kFloat32),
-                 kRaw ? digit.shift : 0};
+    Bins bins = {&shared<uint32_t>(), nullptr, from, inside, kFloat32, 0};
+    if (kForm == kBits) {
+        bins.kind = work.kind;
+        bins.shift = digit.shift;
+    }
     int64_t row = -1, counted = 0;
     clear(bins.local, static_cast<int>(inside) + 1, kWide);
     sync();
@@ -316,15 +372,18 @@ count_keys_kernel(FM_LARGE Work work, Digit digit, uint32_t from, uint32_t insid
         }
         counted += kTieBlock;
         Source source = source_of(work, tensor, model);
-        if (kRaw) {
+        if constexpr (kForm == kBits) {
             each_words<kWide>(source.x, begin, end, [&](int64_t place, const uint32_t* words) {
                 tally_bits<kInside>(bins, words, place, end);
             });
         } else {
             uint32_t prefix = ranked ? 0u : static_cast<uint32_t>(number_of(work, tensor, 2 * model));
-            bool every = prefix == 0 && digit.shift + digit.width == (work.kind == kFloat32 ? 31 : 15);
-            each_key<kWide, false>(source, begin, end, [&](int64_t place, const uint32_t* keys) {
-                tally<kInside>(bins, digit, prefix, keys, same_in_warp(keys), every && place + kEach <= end);
+            each_key<kWide, kForm>(source, begin, end, [&](int64_t, const uint32_t* keys) {
+                if (kInside) {
+                    tally_inside(bins.local, inside + 1, digit, prefix, keys, false);
+                } else {
+                    tally(bins, digit, prefix, keys);
+                }
             });
         }
     }
@@ -332,43 +391,44 @@ count_keys_kernel(FM_LARGE Work work, Digit digit, uint32_t from, uint32_t insid
 }
 
 // kLeading: of the leading digit both ranks have the same counts.
-template <bool kLeading>
+template <bool kLeading, int kForm>
 FM_KERNEL_RESIDENT(kThreads, 4)
-count_digit_kernel(FM_LARGE Work work, int32_t shift, const int64_t* state, int64_t* counts, int32_t* found,
-                   int ranks) {
+count_digit_kernel(FM_LARGE Work work, int32_t size_of_part, int32_t shift, const int64_t* state, int64_t* counts,
+                   int32_t* found, int ranks) {
     // All of it but a place is known beforehand: so few registers go on the loop.
     const Digit digit = {kLeading ? 31 - kRowBits : shift, kLeading ? kRowBits : kRowBits - 1};
-    int32_t n = work.models.count, model = static_cast<int32_t>(block() % n);
-    int64_t tie_block = block() / n, number = tensor_of(work, tie_block);
-    Tensor tensor = tensor_at(work, number);
-    bool first = to_be_found(work, tensor, model, 0), second = to_be_found(work, tensor, model, 1);
-    if (!first && !second) return;
-    int64_t row = work.together ? 0 : number * n + model;
+    Part part = part_of(work, size_of_part);
+    int32_t model = part.model;
+    bool wanted[2];
+    for (int which = 0; which < 2; ++which) wanted[which] = to_be_found(work, part.tensor, model, which);
+    if (part.begin >= part.end || (!wanted[0] && !wanted[1])) return;
+    int64_t row = work.together ? 0 : part.number * work.models.count + model;
     uint32_t size = 1u << digit.width, all = kLeading ? size : 2 * size;
     uint32_t* local = &shared<uint32_t>();
     clear(local, static_cast<int>(all), kThreads);
-    // No key begins with kNeverKey.
-    uint32_t of_first = kNeverKey, of_second = kNeverKey;
-    if (!kLeading && first) of_first = static_cast<uint32_t>(state[4 * row]);
-    if (!kLeading && second) of_second = static_cast<uint32_t>(state[4 * row + 2]);
+    uint32_t prefix[2] = {0, 0};
+    for (int which = 0; which < 2; ++which) {
+        if (!kLeading && wanted[which]) prefix[which] = static_cast<uint32_t>(state[4 * row + 2 * which]);
+    }
     sync();
-    int64_t begin = (tie_block - tensor.first) * kTieBlock;
-    Source source = source_of(work, tensor, model);
-    int64_t end = smaller(tensor.numel, begin + kTieBlock);
-    each_key<kThreads, false>(source, begin, end, [&](int64_t at, const uint32_t* keys) {
-        bool same = same_in_warp(keys);
-        tally<true>(all_inside(local), digit, kLeading ? 0u : of_first, keys, same, kLeading && at + kEach <= end);
-        if (kLeading || of_second == kNeverKey) return;
-        tally<true>(all_inside(local + size), digit, of_second, keys, same, false);
+    Source source = source_of(work, part.tensor, model);
+    source.compute = source.kind = kFloat32;
+    each_key<kThreads, kForm>(source, part.begin, part.end, [&](int64_t, const uint32_t* keys) {
+        if (kLeading) {
+            tally_inside(local, all, digit, 0, keys, false);
+            return;
+        }
+        if (wanted[0]) tally_inside(local, all, digit, prefix[0], keys, true);
+        if (wanted[1]) tally_inside(local + size, all - size, digit, prefix[1], keys, true);
     });
     sync();
     for (uint32_t i = static_cast<uint32_t>(thread()); i < all; i += kThreads) {
-        if (local[i] != 0) atomic_add(&counts[(row << kRowBits) + i], static_cast<int64_t>(local[i]));
-        if (found == nullptr) continue;
+        if (local[i] == 0) continue;
+        atomic_add(&counts[(row << kRowBits) + i], static_cast<int64_t>(local[i]));
         int place = static_cast<int>(i >> digit.width) - (2 - ranks);
-        if (place < 0) continue;
-        found[(((model * ranks + place) * work.blocks + tie_block) << digit.width) + (i & (size - 1u))] =
-            static_cast<int32_t>(local[i]);
+        if (found == nullptr || place < 0) continue;
+        int64_t block = (model * ranks + place) * work.blocks + part.tie_block;
+        atomic_add(&found[(block << digit.width) + (i & (size - 1u))], static_cast<int32_t>(local[i]));
     }
 }
 
@@ -472,51 +532,36 @@ choose_digit_kernel(FM_LARGE Work work, Digit digit, bool leading, int64_t* stat
 
 // --- ties
 
-// How many keys of a part of a tensor equal each of two; in all threads of the block. `totals` is shared.
-template <int kBlock, bool kRaw>
-FM_DEVICE void count_equal(const Source& source, int64_t begin, int64_t end, const uint32_t* wanted, uint32_t* totals) {
-    uint32_t own[2] = {0, 0};
-    each_key<kBlock, kRaw>(source, begin, end, [&](int64_t, const uint32_t* keys) {
-        FM_UNROLL
-        for (int t = 0; t < kEach; ++t) {
-            own[0] += keys[t] == wanted[0] ? 1u : 0u;
-            own[1] += keys[t] == wanted[1] ? 1u : 0u;
-        }
-    });
-    for (int mask = 16; mask > 0; mask /= 2) {
-        own[0] += from_across(own[0], mask);
-        own[1] += from_across(own[1], mask);
-    }
-    sync();
-    if (thread() < 2) totals[thread()] = 0;
-    sync();
-    if (lane() < 2) atomic_add(&totals[lane()], lane() == 0 ? own[0] : own[1]);
-    sync();
-}
-
-template <bool kRaw>
+template <int kForm>
 FM_KERNEL_RESIDENT(kThreads, 4)
-count_ties_kernel(FM_LARGE Work work, const int64_t* bounds, int64_t* counts) {
-    int32_t n = work.models.count, model = static_cast<int32_t>(block() % n);
-    int64_t tie_block = block() / n;
-    Tensor tensor = tensor_at(work, tensor_of(work, tie_block));
-    const int64_t* bound = bounds + 4 * (tensor.index * n + model);
-    uint32_t wanted[2];
+count_ties_kernel(FM_LARGE Work work, int32_t size_of_part, const int64_t* bounds, int64_t* counts) {
+    Part part = part_of(work, size_of_part);
+    const int64_t* bound = bounds + 4 * (part.tensor.index * work.models.count + part.model);
+    uint32_t wanted[2], own[2] = {0, 0};
     for (int which = 0; which < 2; ++which) {
         wanted[which] = bound[2 * which + 1] > 0 ? narrow_key(bound[2 * which], work.kind) : kNeverKey;
     }
+    if (wanted[0] == kNeverKey && wanted[1] == kNeverKey) return;
+    each_key<kThreads, kForm>(source_of(work, part.tensor, part.model), part.begin, part.end,
+                              [&](int64_t, const uint32_t* keys) {
+                                  FM_UNROLL
+                                  for (int t = 0; t < kEach; ++t) {
+                                      own[0] += keys[t] == wanted[0] ? 1u : 0u;
+                                      own[1] += keys[t] == wanted[1] ? 1u : 0u;
+                                  }
+                              });
     uint32_t* totals = &shared<uint32_t>();
-    int64_t begin = (tie_block - tensor.first) * kTieBlock;
-    bool any = wanted[0] != kNeverKey || wanted[1] != kNeverKey;
-    if (any) {
-        count_equal<kThreads, kRaw>(source_of(work, tensor, model), begin, smaller(tensor.numel, begin + kTieBlock),
-                                    wanted, totals);
+    if (thread() < 2) totals[thread()] = 0;
+    sync();
+    for (int which = 0; which < 2; ++which) {
+        uint32_t of_warp = sum_of_warp(own[which]);
+        if (lane() == 0 && of_warp > 0) atomic_add(&totals[which], of_warp);
     }
-    if (thread() < 2) {
-        int64_t slot = 2 * model + thread();
-        counts[slot * work.blocks_results + tensor.first_result + tie_block - tensor.first] =
-            any ? totals[thread()] : 0;
-    }
+    sync();
+    if (thread() >= 2 || totals[thread()] == 0) return;
+    int64_t slot = 2 * part.model + thread();
+    int64_t place = part.tensor.first_result + part.tie_block - part.tensor.first;
+    atomic_add(&counts[slot * work.blocks_results + place], static_cast<int64_t>(totals[thread()]));
 }
 
 FM_KERNEL(kThreads)
@@ -549,13 +594,13 @@ sum_ties_kernel(FM_LARGE Work work, const int64_t* bounds, const int32_t* found,
 
 struct Small {
     Scratch scratch;
-    uint32_t bins[1 << kRowBits];
+    uint32_t bins[(1 << kRowBits) + 1];    // and a spare one
     int64_t prefix[2], rank[2], equal[2];  // of each rank, as the digits are found
 };
 
 // A block for each model of each tensor, which has no more elements than a tie block: no ties come before it.
-template <bool kRaw>
-FM_KERNEL_RESIDENT(kSmallThreads, 1)
+template <int kForm>
+FM_KERNEL_RESIDENT(kSmallThreads, 2)
 bounds_of_small_kernel(FM_LARGE Work work, int64_t* bounds, int64_t* ties_before) {
     int32_t n = work.models.count, model = static_cast<int32_t>(block() % n);
     Tensor tensor = tensor_at(work, block() / n);
@@ -566,22 +611,23 @@ bounds_of_small_kernel(FM_LARGE Work work, int64_t* bounds, int64_t* ties_before
         small.prefix[thread()] = 0;
         small.rank[thread()] = number_of(work, tensor, 2 * model + thread());
     }
+    FM_ROLLED
     for (int place = 0; place < (narrow ? 2 : 3) && (first || second); ++place) {
         // Of the leading digit both ranks have the same counts.
         bool leading = place == 0;
         Digit digit = narrow ? Digit{8 - 8 * place, leading ? 7 : 8} : Digit{20 - 10 * place, leading ? 11 : 10};
         uint32_t size = 1u << digit.width;
-        Bins of_first = all_inside(small.bins), of_second = all_inside(small.bins + size);
+        uint32_t all = 1u << kRowBits;
         clear(small.bins, 1 << kRowBits, kSmallThreads);
         sync();
         uint32_t of[2] = {static_cast<uint32_t>(small.prefix[0]), static_cast<uint32_t>(small.prefix[1])};
-        each_key<kSmallThreads, kRaw>(source_of(work, tensor, model), 0, tensor.numel,
-                                      [&](int64_t, const uint32_t* keys) {
-                                          bool same = same_in_warp(keys);
-                                          if (first || leading) tally<true>(of_first, digit, of[0], keys, same, false);
-                                          if (second && !leading)
-                                              tally<true>(of_second, digit, of[1], keys, same, false);
-                                      });
+        each_key<kSmallThreads, kForm>(source_of(work, tensor, model), 0, tensor.numel,
+                                       [&](int64_t, const uint32_t* keys) {
+                                           if (first || leading)
+                                               tally_inside(small.bins, all, digit, of[0], keys, !leading);
+                                           if (second && !leading)
+                                               tally_inside(small.bins + size, all - size, digit, of[1], keys, true);
+                                       });
         sync();
         for (int which = 0; which < 2; ++which) {
             if (!(which == 0 ? first : second)) continue;
@@ -596,6 +642,8 @@ bounds_of_small_kernel(FM_LARGE Work work, int64_t* bounds, int64_t* ties_before
     }
     sync();
     if (thread() >= 2) return;
+    // Read again, rather than kept in registers all the time.
+    tensor = tensor_at(work, block() / n);
     int which = thread();
     RankBound bound = (which == 0 ? first : second)
                           ? found_bound(small.prefix[which], work.kind, small.rank[which], small.equal[which])
@@ -616,10 +664,11 @@ struct Cache {
     uint32_t beyond;
 };
 
-FM_KERNEL_RESIDENT(kThreads, 4) count_window_kernel(FM_LARGE Work work, int64_t width, int64_t* counts) {
-    int32_t n = work.models.count, model = static_cast<int32_t>(block() % n);
-    int64_t tie_block = block() / n, begin = tie_block * kTieBlock;
-    Tensor tensor = tensor_at(work, 0);
+template <int kForm>
+FM_KERNEL_RESIDENT(kThreads, 4)
+count_window_kernel(FM_LARGE Work work, int32_t size_of_part, int64_t width, int64_t* counts) {
+    Part part = part_of(work, size_of_part);
+    int32_t model = part.model;
     Cache& cache = shared<Cache>();
     for (int i = thread(); i < kCached; i += kThreads) {
         cache.key[i] = -1;
@@ -627,7 +676,7 @@ FM_KERNEL_RESIDENT(kThreads, 4) count_window_kernel(FM_LARGE Work work, int64_t 
     }
     if (thread() == 0) cache.beyond = 0;
     // Every key is below these ends, so that a window from there on is as empty as one further on.
-    uint32_t low = static_cast<uint32_t>(smaller(number_of(work, tensor, 2 * model), 0x7fffffff));
+    uint32_t low = static_cast<uint32_t>(smaller(number_of(work, part.tensor, 2 * model), 0x7fffffff));
     uint32_t size = static_cast<uint32_t>(smaller(width, 0x7fffffff)), beyond = 0;
     int64_t* mine = counts + model * (width + 1);
     auto count = [&](uint32_t place, uint32_t times) {
@@ -644,23 +693,23 @@ FM_KERNEL_RESIDENT(kThreads, 4) count_window_kernel(FM_LARGE Work work, int64_t 
         }
     };
     sync();
-    Source source = source_of(work, tensor, model);
-    each_key<kThreads, false>(source, begin, smaller(tensor.numel, begin + kTieBlock),
-                              [&](int64_t, const uint32_t* keys) {
-                                  bool same = same_in_warp(keys);
-                                  FM_UNROLL
-                                  for (int t = 0; t < kEach; ++t) {
-                                      if (keys[t] == kNoKey || keys[t] < low) continue;
-                                      uint32_t place = keys[t] - low;
-                                      if (place >= size) {
-                                          ++beyond;
-                                      } else if (!same) {
-                                          count(place, 1u);
-                                      } else if (t == 0 && lane() == 0) {
-                                          count(place, 32 * kEach);
-                                      }
-                                  }
-                              });
+    Source source = source_of(work, part.tensor, model);
+    source.kind = kFloat32;
+    each_key<kThreads, kForm>(source, part.begin, part.end, [&](int64_t, const uint32_t* keys) {
+        bool same = same_in_warp(keys);
+        FM_UNROLL
+        for (int t = 0; t < kEach; ++t) {
+            if (keys[t] == kNoKey || keys[t] < low) continue;
+            uint32_t place = keys[t] - low;
+            if (place >= size) {
+                ++beyond;
+            } else if (!same) {
+                count(place, 1u);
+            } else if (t == 0 && lane() == 0) {
+                count(place, 32 * kEach);
+            }
+        }
+    });
     for (int mask = 16; mask > 0; mask /= 2) beyond += from_across(beyond, mask);
     if (lane() == 0 && beyond > 0) atomic_add(&cache.beyond, beyond);
     sync();
@@ -707,15 +756,17 @@ FM_DEVICE void store_mask(uint8_t* out, int64_t at, int64_t end, const uint32_t*
     }
 }
 
-template <bool kRaw>
+template <int kForm>
 FM_KERNEL_RESIDENT(kThreads, 4)
-mask_band_kernel(Array x, int64_t numel, const int64_t* bounds, const int64_t* ties_before, uint8_t* out) {
-    Source source = {{nullptr, 0}, x, kFloat32, kRaw ? x.dtype : static_cast<int32_t>(kFloat32)};
-    BlockBound first = block_bound(bounds, ties_before, block(), blocks(), source.kind);
-    BlockBound last = block_bound(bounds + 2, ties_before + blocks(), block(), blocks(), source.kind);
-    int64_t begin = block() * kTieBlock, end = smaller(numel, begin + kTieBlock);
+mask_band_kernel(Array x, int64_t numel, int32_t size_of_part, const int64_t* bounds, const int64_t* ties_before,
+                 uint8_t* out) {
+    Source source = {{nullptr, 0}, x, kFloat32, kForm == kBits ? x.dtype : static_cast<int32_t>(kFloat32)};
+    int64_t begin = block() * size_of_part, end = smaller(numel, begin + size_of_part);
+    int64_t tie_block = begin / kTieBlock, tie_blocks = (numel + kTieBlock - 1) / kTieBlock;
+    BlockBound first = block_bound(bounds, ties_before, tie_block, tie_blocks, source.kind);
+    BlockBound last = block_bound(bounds + 2, ties_before + tie_blocks, tie_block, tie_blocks, source.kind);
     if (!first.walked && !last.walked) {
-        each_key<kThreads, kRaw>(source, begin, end, [&](int64_t at, const uint32_t* keys) {
+        each_key<kThreads, kForm>(source, begin, end, [&](int64_t at, const uint32_t* keys) {
             uint32_t kept[kEach];
             FM_UNROLL
             for (int t = 0; t < kEach; ++t) kept[t] = keys[t] < first.limit && keys[t] >= last.limit ? 1u : 0u;
@@ -725,7 +776,8 @@ mask_band_kernel(Array x, int64_t numel, const int64_t* bounds, const int64_t* t
     }
     uint32_t* partial = &shared<uint32_t>();
     uint32_t of_first = 0, of_last = 0;  // equals of each bound before this tile
-    each_key<kThreads, kRaw>(source, begin, end, [&](int64_t at, const uint32_t* keys) {
+    // Those of the tie block's other parts before this one are counted here again: there are two such tie blocks.
+    each_key<kThreads, kForm>(source, tie_block * kTieBlock, end, [&](int64_t at, const uint32_t* keys) {
         // Both are counted in halves of one number: a tile has 2048 elements.
         uint32_t own = 0, total = 0;
         FM_UNROLL
@@ -742,7 +794,7 @@ mask_band_kernel(Array x, int64_t numel, const int64_t* bounds, const int64_t* t
             nth_last += is_last ? 1u : 0u;
             kept[t] = in && !past ? 1u : 0u;
         }
-        store_mask(out, at, end, kept);
+        if (at >= begin) store_mask(out, at, end, kept);
         of_first += total & 0xffffu;
         of_last += total >> 16;
     });
@@ -750,18 +802,34 @@ mask_band_kernel(Array x, int64_t numel, const int64_t* bounds, const int64_t* t
 
 int key_bits(const Work& work) { return work.kind == kFloat32 ? 31 : 15; }
 
-bool is_raw(const Work& work) {
-    if (work.kind == kFloat32 || work.models.base.data != nullptr) return false;
-    for (int32_t i = 0; i < work.models.count; ++i) {
-        if (work.models.dtype[i] != work.kind) return false;
+Form form_of(const Work& work) {
+    const Models& models = work.models;
+    bool bits = work.kind != kFloat32 && models.base.data == nullptr;
+    bool wide = models.base.data != nullptr && models.base.dtype == kFloat32;
+    for (int32_t i = 0; i < models.count; ++i) {
+        bits = bits && models.dtype[i] == work.kind;
+        wide = wide || models.dtype[i] == kFloat32;
     }
-    return true;
+    return bits ? kBits : wide ? kAny : kShort;
+}
+
+// Calls with(form) as a constant.
+template <int F>
+struct Constant {
+    static constexpr int value = F;
+};
+template <class With>
+int with_form(Form form, const With& with) {
+    if (form == kBits) return with(Constant<kBits>());
+    return form == kShort ? with(Constant<kShort>()) : with(Constant<kAny>());
 }
 
 }  // namespace
 
 int count_keys(Place place, const Work& work, Digit digit, bool ranked, int64_t* counts) {
-    bool raw = ranked && is_raw(work);
+    Form form = form_of(work);
+    if (form == kBits && !ranked) form = kShort;
+    bool raw = form == kBits;
     int64_t bins = int64_t{1} << (raw ? 15 : digit.width), limit = shared_limit() / 4 - 4;
     int64_t inside = smaller(bins, limit), from = 0;
     if (inside < bins && digit.shift + digit.width == key_bits(work)) {
@@ -773,18 +841,22 @@ int count_keys(Place place, const Work& work, Digit digit, bool ranked, int64_t*
     int64_t at_once = processors() * (inside <= limit / 2 ? 2 : 1);
     int64_t n = work.models.count, groups = smaller(at_once / n, work.blocks * (kTieBlock / kUnit));
     if (groups < 1) groups = 1;
-    bool all = inside == bins;
-    auto of_bits = all ? count_keys_kernel<true, true> : count_keys_kernel<true, false>;
-    auto other = all ? count_keys_kernel<false, true> : count_keys_kernel<false, false>;
-    return launch(raw ? of_bits : other, groups * n, kWide, static_cast<size_t>(4 * (inside + 1)), place.stream, work,
-                  digit, static_cast<uint32_t>(from), static_cast<uint32_t>(inside), ranked, groups, counts);
+    return with_form(form, [&](auto f) {
+        auto kernel = inside == bins ? count_keys_kernel<f.value, true> : count_keys_kernel<f.value, false>;
+        return launch(kernel, groups * n, kWide, static_cast<size_t>(4 * (inside + 2)), place.stream, work, digit,
+                      static_cast<uint32_t>(from), static_cast<uint32_t>(inside), ranked, groups, counts);
+    });
 }
 
 int count_digit(Place place, const Work& work, Digit digit, const int64_t* state, int64_t* counts, int32_t* found,
                 int ranks) {
-    bool leading = digit.shift + digit.width == key_bits(work);
-    return launch(leading ? count_digit_kernel<true> : count_digit_kernel<false>, work.blocks * work.models.count,
-                  kThreads, 4 << kRowBits, place.stream, work, digit.shift, state, counts, found, ranks);
+    bool leading = digit.shift + digit.width == key_bits(work), wide = form_of(work) == kAny;
+    auto of_leading = wide ? count_digit_kernel<true, kAny> : count_digit_kernel<true, kShort>;
+    auto of_other = wide ? count_digit_kernel<false, kAny> : count_digit_kernel<false, kShort>;
+    int64_t tie_blocks = work.blocks * work.models.count;
+    int32_t size = size_of_part(tie_blocks, kUnit);
+    return launch(leading ? of_leading : of_other, tie_blocks * (kTieBlock / size), kThreads, (4 << kRowBits) + 4,
+                  place.stream, work, size, digit.shift, state, counts, found, ranks);
 }
 
 int choose_digit(Place place, const Work& work, Digit digit, int64_t* state, int64_t* counts, int64_t* bounds,
@@ -796,8 +868,12 @@ int choose_digit(Place place, const Work& work, Digit digit, int64_t* state, int
 }
 
 int count_ties(Place place, const Work& work, const int64_t* bounds, int64_t* counts) {
-    return launch(is_raw(work) ? count_ties_kernel<true> : count_ties_kernel<false>, work.blocks * work.models.count,
-                  kThreads, 2 * sizeof(uint32_t), place.stream, work, bounds, counts);
+    int64_t tie_blocks = work.blocks * work.models.count;
+    int32_t size = size_of_part(tie_blocks, kLeastPart);
+    return with_form(form_of(work), [&](auto f) {
+        return launch(count_ties_kernel<f.value>, tie_blocks * (kTieBlock / size), kThreads, 2 * sizeof(uint32_t),
+                      place.stream, work, size, bounds, counts);
+    });
 }
 
 int sum_ties(Place place, const Work& work, const int64_t* bounds, const int32_t* found, int ranks, int64_t* ties) {
@@ -806,19 +882,23 @@ int sum_ties(Place place, const Work& work, const int64_t* bounds, const int32_t
 }
 
 int bounds_of_small(Place place, const Work& work, int64_t* bounds, int64_t* ties_before) {
-    return launch(is_raw(work) ? bounds_of_small_kernel<true> : bounds_of_small_kernel<false>,
-                  work.tensors * work.models.count, kSmallThreads, sizeof(Small), place.stream, work, bounds,
-                  ties_before);
+    return with_form(form_of(work), [&](auto f) {
+        return launch(bounds_of_small_kernel<f.value>, work.tensors * work.models.count, kSmallThreads, sizeof(Small),
+                      place.stream, work, bounds, ties_before);
+    });
 }
 
 int count_window(Place place, const Work& work, int64_t width, int64_t* counts) {
-    return launch(count_window_kernel, work.blocks * work.models.count, kThreads, sizeof(Cache), place.stream, work,
-                  width, counts);
+    int64_t tie_blocks = work.blocks * work.models.count;
+    int32_t size = size_of_part(tie_blocks, kUnit);
+    return launch(form_of(work) == kAny ? count_window_kernel<kAny> : count_window_kernel<kShort>,
+                  tie_blocks * (kTieBlock / size), kThreads, sizeof(Cache), place.stream, work, size, width, counts);
 }
 
 int mask_band(Place place, Array x, int64_t numel, const int64_t* bounds, const int64_t* ties_before, uint8_t* out) {
-    return launch(x.dtype == kFloat32 ? mask_band_kernel<false> : mask_band_kernel<true>, tie_blocks(numel), kThreads,
-                  (kWarps + 1) * sizeof(uint32_t), place.stream, x, numel, bounds, ties_before, out);
+    int32_t size = size_of_part(tie_blocks(numel), kLeastPart);
+    return launch(x.dtype == kFloat32 ? mask_band_kernel<kAny> : mask_band_kernel<kBits>, (numel + size - 1) / size,
+                  kThreads, (kWarps + 1) * sizeof(uint32_t), place.stream, x, numel, size, bounds, ties_before, out);
 }
 
 }  // namespace cuda

@@ -6,10 +6,60 @@ FM_NAMESPACE_BEGIN
 namespace cuda {
 namespace {
 
-FM_KERNEL(kThreads) count_nonfinite_kernel(Array x, int64_t numel, int64_t* nan_and_inf) {
-    int64_t end = smaller(numel, (block() + 1) * kTieBlock);
+// --- NaN and Inf
+
+// Whether none of eight numbers is NaN or infinite, by their bits, of 16-bit dtypes two at once. Numbers past the end
+// may be taken for one.
+template <bool kWide>
+FM_DEVICE bool all_finite(const Raw<kWide>& raw, int32_t dtype) {
+    uint32_t high = 0;  // a sign's bit is set where what is added to a magnitude makes it overflow
+    if (kWide) {
+        FM_UNROLL
+        for (int i = 0; i < 8; ++i) high |= (raw.word[kWide ? i : 0] & 0x7fffffffu) + (0x80000000u - kInfBits);
+        return (high & 0x80000000u) == 0;
+    }
+    uint32_t more = (0x8000u - (dtype == kBFloat16 ? 0x7f80u : 0x7c00u)) * 0x10001u;
+    FM_UNROLL
+    for (int i = 0; i < 4; ++i) high |= (raw.word[i] & 0x7fff7fffu) + more;
+    return (high & 0x80008000u) == 0;
+}
+
+// Tiles of which a thread's loads are on their way together: 64 bytes.
+template <bool kWide>
+constexpr int kAtOnce = kWide ? 2 : 4;
+
+// Calls look(at) for elements at .. at + 7 of a block's part that are not all finite, or lie past the end. They are
+// few, and of what the loads bring only this is asked.
+template <bool kWide, class Look>
+FM_DEVICE void each_not_finite(Array x, int64_t begin, int64_t end, const Look& look) {
+    constexpr int kTiles = kAtOnce<kWide>;
+    bool aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+    for (int64_t at = begin + thread() * kEach; at < end; at += kTiles * kTile) {
+        Raw<kWide> raw[kTiles];
+        if (aligned && at + (kTiles - 1) * kTile + kEach <= end) {
+            FM_UNROLL
+            for (int i = 0; i < kTiles; ++i) load_raw<kWide>(x, at + i * kTile, end, true, raw[i]);
+        } else {
+            FM_UNROLL
+            for (int i = 0; i < kTiles; ++i) load_raw<kWide>(x, at + i * kTile, end, false, raw[i]);
+        }
+        bool finite = true;
+        FM_UNROLL
+        for (int i = 0; i < kTiles; ++i) finite = finite && all_finite<kWide>(raw[i], x.dtype);
+        if (finite) continue;
+        FM_ROLLED
+        for (int i = 0; i < kTiles; ++i) {
+            if (at + i * kTile < end) look(at + i * kTile);
+        }
+    }
+}
+
+template <bool kWide>
+FM_KERNEL(kThreads)
+count_nonfinite_kernel(Array x, int64_t numel, int64_t part, int64_t* nan_and_inf) {
+    int64_t begin = block() * part, end = smaller(numel, begin + part);
     uint32_t nans = 0, infs = 0;
-    for (int64_t at = block() * kTieBlock + thread() * kEach; at < end; at += kTile) {
+    each_not_finite<kWide>(x, begin, end, [&](int64_t at) {
         float values[kEach];
         load8(x, at, end, values);
         FM_UNROLL
@@ -18,20 +68,20 @@ FM_KERNEL(kThreads) count_nonfinite_kernel(Array x, int64_t numel, int64_t* nan_
             nans += magnitude > kInfBits ? 1u : 0u;
             infs += magnitude == kInfBits ? 1u : 0u;
         }
-    }
-    for (int mask = 16; mask > 0; mask /= 2) {
-        nans += from_across(nans, mask);
-        infs += from_across(infs, mask);
-    }
+    });
+    nans = sum_of_warp(nans);
+    infs = sum_of_warp(infs);
     if (lane() == 0 && nans > 0) atomic_add(&nan_and_inf[0], static_cast<int64_t>(nans));
     if (lane() == 0 && infs > 0) atomic_add(&nan_and_inf[1], static_cast<int64_t>(infs));
 }
 
-FM_KERNEL(kThreads) zero_nonfinite_kernel(void* data, int32_t dtype, int64_t numel) {
-    int64_t end = smaller(numel, (block() + 1) * kTieBlock);
-    for (int64_t at = block() * kTieBlock + thread() * kEach; at < end; at += kTile) {
+template <bool kWide>
+FM_KERNEL(kThreads)
+zero_nonfinite_kernel(void* data, int32_t dtype, int64_t numel, int64_t part) {
+    int64_t begin = block() * part, end = smaller(numel, begin + part);
+    Array x = {data, dtype};
+    each_not_finite<kWide>(x, begin, end, [&](int64_t at) {
         float values[kEach];
-        Array x = {data, dtype};
         load8(x, at, end, values);
         bool any = false;
         FM_UNROLL
@@ -41,7 +91,14 @@ FM_KERNEL(kThreads) zero_nonfinite_kernel(void* data, int32_t dtype, int64_t num
             values[t] = finite ? values[t] : 0.0f;
         }
         if (any) store8(data, dtype, at, end, values);
-    }
+    });
+}
+
+// Elements that a block looks at: no fewer than are loaded together.
+int64_t part_of_loads(int32_t dtype, int64_t numel) {
+    int64_t least = kTile * (dtype == kFloat32 ? kAtOnce<true> : kAtOnce<false>);
+    int64_t part = part_of_so_many(numel, processors());
+    return part < least ? least : part;
 }
 
 // --- one model in each block: exact sums, masks
@@ -477,7 +534,7 @@ FM_DEVICE void count_row(Shared& mine) {
                 uint32_t key = keys[2 * i + half], from = (two >> (16 * half)) & 0xffffu;
                 bool counted = from != kNoBin;
                 uint32_t bin = (from << width) + ((key >> shift) & ((1u << width) - 1u)) + (key != 0 ? apart : 0u);
-                count_if(&mine.count[counted ? bin : 0u], counted);
+                if (counted) atomic_add(&mine.count[bin], 1u);
                 bins |= (counted ? bin : kNoBin) << (16 * half);
                 bits |= counted ? key : 0u;
             }
@@ -724,11 +781,15 @@ int row_masks(Place place, const Rows& rows, const int32_t* sorted, uint8_t* mas
 }
 
 int count_nonfinite(Place place, Array x, int64_t numel, int64_t* nan_and_inf) {
-    return launch(count_nonfinite_kernel, tie_blocks(numel), kThreads, 0, place.stream, x, numel, nan_and_inf);
+    int64_t part = part_of_loads(x.dtype, numel);
+    return launch(x.dtype == kFloat32 ? count_nonfinite_kernel<true> : count_nonfinite_kernel<false>,
+                  (numel + part - 1) / part, kThreads, 0, place.stream, x, numel, part, nan_and_inf);
 }
 
 int zero_nonfinite(Place place, void* data, int32_t dtype, int64_t numel) {
-    return launch(zero_nonfinite_kernel, tie_blocks(numel), kThreads, 0, place.stream, data, dtype, numel);
+    int64_t part = part_of_loads(dtype, numel);
+    return launch(dtype == kFloat32 ? zero_nonfinite_kernel<true> : zero_nonfinite_kernel<false>,
+                  (numel + part - 1) / part, kThreads, 0, place.stream, data, dtype, numel, part);
 }
 
 }  // namespace cuda

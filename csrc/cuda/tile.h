@@ -150,6 +150,21 @@ FM_DEVICE void delta8(Array x, bool subtract, int32_t compute, int64_t at, int64
     round8(compute, out);
 }
 
+// The same of eight numbers as they lie in memory, those of the base, too.
+template <bool kWide>
+FM_DEVICE void delta_of(const Raw<kWide>& x, int32_t dtype, bool subtract, const Raw<kWide>& base, int32_t base_dtype,
+                        int32_t compute, float* delta) {
+    widen_raw<kWide>(x, dtype, delta);
+    if (dtype != compute) round8(compute, delta);
+    if (!subtract) return;
+    float reference[kEach];
+    widen_raw<kWide>(base, base_dtype, reference);
+    if (base_dtype != compute) round8(compute, reference);
+    FM_UNROLL
+    for (int t = 0; t < kEach; ++t) delta[t] = delta[t] - reference[t];
+    round8(compute, delta);
+}
+
 // --- stores
 // -----------------------------------------------------------------------------------------------------------
 

@@ -169,7 +169,8 @@ def test_the_window_that_a_sample_gives(order: str, most: int, monkeypatch: pyte
     for places in ([size // 10] * 5, [0] * 5, [size - 1] * 5, [1, 4000, 5000, 6000, 9000]):
         window = torch.empty(5, 2, dtype=torch.int32)
         there = torch.tensor(places)
-        given = sample.data_ptr(), size, there.data_ptr(), most, window.data_ptr()
+        memory = torch.zeros(5, launch.compiled.WINDOW_NUMBERS, dtype=torch.int32)
+        given = sample.data_ptr(), size, there.data_ptr(), most, memory.data_ptr(), window.data_ptr()
         launch.compiled.pcb_likely_window(launch.place(sample.device), 5, *given)
         for row, place, found in zip(sample, places, window.tolist()):
             ordered = row.sort().values.tolist()

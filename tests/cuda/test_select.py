@@ -84,7 +84,7 @@ def test_bounds_of_several_tie_blocks(dtype: torch.dtype, compute: torch.dtype, 
 def test_equal_elements(dtype: torch.dtype, value: float) -> None:
     """In more than one tie block, the first of which the cut takes whole, or not."""
     x = torch.full((2 * TIE_BLOCK + 100,), value, dtype=dtype, device=device())
-    for last in (TIE_BLOCK, TIE_BLOCK + 1, 2 * TIE_BLOCK + 99):
+    for last in (TIE_BLOCK, TIE_BLOCK + 1, TIE_BLOCK + 50000, 2 * TIE_BLOCK + 99):
         bounds = on_reference_and_cuda_bounds(x, last // 2, last)
         same(topk("cuda", x, *bounds), topk("reference", x, *bounds))
 

@@ -53,6 +53,23 @@ def test_sums_of_all_exponents(order: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @both_orders
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_not_finite_anywhere(dtype: torch.dtype, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the loads that are under way together, and the largest and least finite numbers everywhere else."""
+    monkeypatch.setenv("FASTMERGE_EMULATED_ORDER", order)
+    limits = torch.finfo(dtype)
+    for numel in (70001, 400007):
+        x = torch.tensor([limits.max, limits.min, limits.tiny, 0.0], dtype=dtype).repeat(numel)[:numel].clone()
+        x[::2099] = float("inf")
+        x[1::3001] = float("nan")
+        x[-1] = -float("inf")
+        for found in (there(x.clone()), there(unaligned(x, 3))):
+            assert ops.count_nonfinite(found, backend="cuda").tolist() == [x.isnan().sum(), x.isinf().sum()]
+            ops.zero_nonfinite_(found, backend="cuda")
+            assert_bitwise_equal(found.cpu(), torch.where(x.isfinite(), x, 0.0))
+
+
+@both_orders
 @pytest.mark.parametrize(("rows", "length"), [(33, 3), (19, 1101), (1, 70000), (700, 1), (3, 5000)])
 def test_rows_in_groups(rows: int, length: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTMERGE_EMULATED_ORDER", order)

@@ -107,9 +107,9 @@ void bind_pcb(py::module_& m) {
                             address<int64_t>(rank)));
     });
     m.def("pcb_likely_window", [](const PlaceRef& where, int rows, uintptr_t sample, int64_t size, uintptr_t places,
-                                  int64_t most, uintptr_t window) {
+                                  int64_t most, uintptr_t memory, uintptr_t window) {
         done(cuda::pcb_likely_window(place(where), rows, address<int32_t>(sample), size, address<int64_t>(places), most,
-                                     address<int32_t>(window)));
+                                     address<int32_t>(memory), address<int32_t>(window)));
     });
     m.def("pcb_settle", [](const PlaceRef& where, int rows, uintptr_t rank, uintptr_t window, uintptr_t collected,
                            int64_t capacity, uintptr_t prefix, uintptr_t found, uintptr_t missing) {

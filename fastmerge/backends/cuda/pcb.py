@@ -185,7 +185,8 @@ def _likely_window(chunks: _Chunks, rule: PcbRule, ranks: list[int], sizes: list
     places = table([min((numel - rank) * size // numel, size - 1) for rank in ranks], device)
     most = int(0.8 * size * capacity / numel / 2)
     window = torch.empty(models, 2, dtype=torch.int32, device=device)
-    given = keys.data_ptr(), size, places.data_ptr(), most, window.data_ptr()
+    memory = torch.zeros(models, compiled.WINDOW_NUMBERS, dtype=torch.int32, device=device)
+    given = keys.data_ptr(), size, places.data_ptr(), most, memory.data_ptr(), window.data_ptr()
     compiled.pcb_likely_window(place(device), models, *given)
     return window
 

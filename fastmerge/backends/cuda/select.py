@@ -194,7 +194,7 @@ def _large_bounds(work: _Work, ranks: int, bounds: Tensor, ties_before: Tensor) 
         compiled.count_ties(work.place, work.described, address(bounds), address(ties_before))
     else:
         shape = (work.models, ranks, work.blocks, 1 << DIGITS[-1][1])
-        found = torch.empty(shape, dtype=torch.int32, device=work.device)
+        found = torch.zeros(shape, dtype=torch.int32, device=work.device)
         for digit in DIGITS:
             kept = found if digit is DIGITS[-1] else None
             compiled.count_digit(
@@ -202,6 +202,12 @@ def _large_bounds(work: _Work, ranks: int, bounds: Tensor, ties_before: Tensor) 
             )
             work.choose(digit, state, counts, bounds, None)
     compiled.sum_ties(work.place, work.described, address(bounds), address(found), ranks, address(ties_before))
+
+
+def _ties_to_add_to(shape: tuple[int, ...], kind: int, device: torch.device) -> Tensor:
+    """Memory for the ties of each block; those of narrow keys are counted in place, added to what is there."""
+    new = torch.empty if kind == WIDE else torch.zeros
+    return new(shape, dtype=torch.int64, device=device)
 
 
 def _bounds(
@@ -213,7 +219,7 @@ def _bounds(
     ranks = [rank for pair in zip(first, last) for rank in pair]
     work = _Work.of(bases, [models], [ranks], _kind(base, models, compute), compute)
     bounds = torch.empty(len(models), 2, 2, dtype=torch.int64, device=device)
-    ties_before = torch.empty(len(models), 2, work.blocks, dtype=torch.int64, device=device)
+    ties_before = _ties_to_add_to((len(models), 2, work.blocks), work.kind, device)
     if numel <= SMALL:
         compiled.bounds_of_small(work.place, work.described, address(bounds), address(ties_before))
     else:
@@ -254,7 +260,7 @@ def magnitude_bounds_many(
     base = (1, CODES[bases[0].dtype]) if bases else NOTHING
     blocks = int(lists.blocks.sum())
     bounds = torch.empty(lists.tensors, n, 2, 2, dtype=torch.int64, device=device)
-    ties_before = torch.empty(n, 2, blocks, dtype=torch.int64, device=device)
+    ties_before = _ties_to_add_to((n, 2, blocks), kind, device)
     for part in lists.once(("magnitude_bounds_many[cuda]", subtract), lambda: list(_parts(lists, subtract))):
         own = ranks if part.which is None else ranks[part.which]
         # The next merge may have other ranks while this one is still under way.
@@ -373,7 +379,7 @@ def tie_counts(base: Tensor | None, tensors: list[Tensor], bounds: Tensor, compu
     """How many elements of each tie block equal a bound that splits equals; see `fastmerge.ops.tie_counts`."""
     bases = None if base is None else [base]
     work = _Work.of(bases, [tensors], [[]], _kind(base, tensors, compute), compute)
-    out = torch.empty(len(tensors), 2, work.blocks, dtype=torch.int64, device=work.device)
+    out = torch.zeros(len(tensors), 2, work.blocks, dtype=torch.int64, device=work.device)
     compiled.count_ties(work.place, work.described, address(bounds), address(out))
     return out
 
