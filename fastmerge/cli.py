@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from fastmerge import cli_expert
 from fastmerge.errors import ArgumentError, FastmergeError, MergeError
 
 if TYPE_CHECKING:
@@ -519,6 +520,9 @@ def _guarded(work: Callable[[], None], as_json: bool) -> int:
         traceback.print_exc()
         return _complain(f"Internal error ({type(error).__name__}): {error}", FAILED, as_json, shown=True)
     return DONE
+
+
+cli_expert.add_to(app, _guarded, _without_garbage_collection)
 
 
 def _complain(message: str, code: int, as_json: bool, *, shown: bool = False) -> int:

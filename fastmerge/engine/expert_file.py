@@ -157,7 +157,7 @@ def encode(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     coded = np.full(int(ends[-1]) if ends.size else 0, LONG, np.uint8)
     coded[ends - 1] = gaps % LONG
     first = np.arange(0, rows, ROWS_TOGETHER) * k
-    starts = np.concatenate([[0], ends])[first] if rows else np.empty(0, np.int64)
+    starts = np.concatenate([[0], ends])[first]
     return coded, starts.astype(np.int64)
 
 
@@ -170,15 +170,17 @@ def decode(gaps: np.ndarray, starts: np.ndarray, rows: int, k: int, width: int) 
     if tail >= _ALIGNMENT:
         raise ValueError(f"{tail} bytes after the last position")
     first = np.arange(0, rows, ROWS_TOGETHER) * k
-    places = np.concatenate([[0], ends + 1])[first] if rows else np.empty(0, np.int64)
+    places = np.concatenate([[0], ends + 1])[first]
     if not np.array_equal(places, starts):
         raise ValueError("starts that are not where rows begin")
+    if not ends.size:
+        return np.zeros((rows, k), np.int64)
     # How many elements the codes have passed, over all rows, after each one.
     step = np.where(gaps == LONG, np.int64(LONG), gaps.astype(np.int64) + 1)
     passed = np.cumsum(step)[ends].reshape(rows, k)
-    before = np.concatenate([[0], passed[:-1, -1]]).reshape(rows, 1) if rows else np.zeros((0, 1), np.int64)
+    before = np.concatenate([[0], passed[:-1, -1]]).reshape(rows, 1)
     columns: np.ndarray = passed - before - 1
-    if columns.size and int(columns[:, -1].max()) >= width:
+    if int(columns[:, -1].max()) >= width:
         raise ValueError("a position beyond its row")
     return columns
 
