@@ -306,6 +306,14 @@ def _quieten_other_threads() -> None:
 
 
 @contextlib.contextmanager
+def _import_quietly() -> Iterator[None]:
+    """Importing torch for a command that computes with the kernels alone."""
+    _quieten_other_threads()
+    with _without_garbage_collection():
+        yield
+
+
+@contextlib.contextmanager
 def _without_garbage_collection() -> Iterator[None]:
     """Importing torch makes a million objects and no garbage: looking for some among them takes 60 ms."""
     gc.disable()
@@ -522,7 +530,7 @@ def _guarded(work: Callable[[], None], as_json: bool) -> int:
     return DONE
 
 
-cli_expert.add_to(app, _guarded, _without_garbage_collection)
+cli_expert.add_to(app, _guarded, _import_quietly)
 
 
 def _complain(message: str, code: int, as_json: bool, *, shown: bool = False) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from blake3 import blake3
 from torch import Tensor
@@ -25,6 +26,7 @@ from fastmerge.ops import (
     Expert,
     ExpertPart,
     SparsifyRule,
+    count_nonfinite,
     expert_apply_,
     expert_k,
     expert_rescale,
@@ -191,8 +193,8 @@ def extract(
     digests: dict[str, str] = {}
     kept_means: list[float] = []
     delta_means: list[float] = []
-    parts: list[Expert] = []
     mass = 0.0
+    columns = values = np.empty(0)
     everything = SparsifyRule("none")
     with ahead(pieces(plan.wanted, digests=True)) as found:
         for piece in found:
@@ -200,26 +202,36 @@ def extract(
             base, x = (t.to(torch.float32) if t.dtype == torch.float64 else t for t in piece.tensors)
             dtype = TORCH_DTYPES[one.dtype]
             expert = extract_expert(x, about.keep, base=base, dtype=dtype, backend=backend)
-            if not bool(expert.values.isfinite().all()):
+            if any(count_nonfinite(expert.values, backend=backend)):
                 raise MergeError(
                     f"NaN or Inf in what {about.model} changed in {piece.name!r}, near row {piece.first}: an expert "
                     "with them would spoil every model; mend the model first."
                 )
             mass += l1_mass(l1_sums(base, [x], everything, backend=backend)[0, 0])
-            parts.append(expert)
+            if piece.first == 0:
+                columns, values = (np.empty((one.rows, one.k), _bits(y).dtype) for y in (expert.columns, expert.values))
+            # numpy's copies, unlike torch's, wake no threads that would then wait for work in a loop.
+            part = slice(piece.first, piece.first + piece.count)
+            columns[part], values[part] = _bits(expert.columns), _bits(expert.values)
             advance(sum(t.nbytes for t in piece.tensors), piece.name)
             if not piece.last:
                 continue
             digests[piece.name] = piece.digest
-            columns, values = (torch.cat([getattr(part, what) for part in parts]) for what in ("columns", "values"))
-            whole = Expert(one.shape, columns, values)
+            whole = Expert(one.shape, torch.from_numpy(columns), torch.from_numpy(values).view(dtype))
             numel = max(1, one.rows * rows_of(one.shape)[1])
-            kept = l1_mass(l1_sums(None, [values], everything, backend=backend)[0, 0])
+            kept = l1_mass(l1_sums(None, [whole.values], everything, backend="auto")[0, 0])
             kept_means.append(kept / numel)
             delta_means.append(mass / numel)
             add(piece.name, whole)
-            parts, mass = [], 0.0
+            mass = 0.0
     return expert_rescale(about.keep, kept_means, delta_means), digests
+
+
+def _bits(x: Tensor) -> np.ndarray:
+    """The tensor as numpy has it, bfloat16 as integers."""
+    there = x.cpu()
+    bits: np.ndarray = (there.view(torch.int16) if there.dtype == torch.bfloat16 else there).numpy()
+    return bits
 
 
 # -- applying to a checkpoint, and removing from one
