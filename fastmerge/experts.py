@@ -205,6 +205,7 @@ def apply_to_checkpoint(
         )
         about = {"method": "expert", "title": "a light expert put onto a model", "command": command}
         return _finish(writer, opened, about, settings, [file.about.model], backend, began) | {
+            "out": str(out),
             "scale": scale,
             "factor": factor,
             "changed_tensors": len(belongs),
@@ -262,7 +263,7 @@ def remove_from_checkpoint(
         }
         settings = {"restore": str(path)}
         report = _finish(writer, opened, about, settings, [file.about.model], backend, began)
-        return report | {"changed_tensors": len(belongs)}
+        return report | {"out": str(out), "changed_tensors": len(belongs)}
 
 
 def _writer(opened: Checkpoint, out: str | Path, shard_size: str | int) -> ModelWriter:
@@ -314,7 +315,6 @@ def _finish(
         },
     )
     return {
-        "out": str(writer.target),
         "tensors": len(outputs),
         "bytes_read": opened.nbytes,
         "bytes_written": sum(one.nbytes for one in outputs),
