@@ -145,3 +145,16 @@ def test_nan_in_a_delta_is_refused(run: Run, family: Path) -> None:
     result = run("expert", "extract", "base", "broken", "-o", "e", "--keep", "0.2")
     assert result.returncode == 1 and "NaN or Inf in what broken changed in 'model.norm.weight'" in result.stderr
     assert left(family) == before
+
+
+def test_every_option_is_on_the_page() -> None:
+    import typer
+
+    from fastmerge.cli_expert import app
+
+    group = typer.main.get_command(app)
+    page = (Path(__file__).parents[2] / "docs" / "experts.md").read_text()
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        assert f"fastmerge expert {name} " in page
+        for parameter in command.params:
+            assert all(f"`{option}" in page for option in parameter.opts if option.startswith("--"))
