@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -238,12 +238,8 @@ class ExpertWriter:
 
     def finish(self, mu: float, digests: Mapping[str, str]) -> About:
         """Write what the expert is of, flush, and rename the file into place."""
-        tensors = {
-            name: TensorAbout(about.shape, about.k, about.dtype, digests[name])
-            for name, about in self._about.tensors.items()
-        }
-        about = self._about
-        about = About(about.keep, about.scope, about.model, about.base, tensors, mu, about.kind)
+        tensors = {name: replace(one, digest=digests[name]) for name, one in self._about.tensors.items()}
+        about = replace(self._about, tensors=tensors, mu=mu)
         text = _header_text(about, self._entries)
         head = (self._room - 8).to_bytes(8, "little") + text + b" " * (self._room - 8 - len(text))
         try:
@@ -285,8 +281,8 @@ def _header_room(about: About) -> int:
     longest = int("9" * _OFFSET_ROOM)
     entry = {"dtype": "BF16", "shape": [longest, longest], "data_offsets": [longest, longest]}
     entries = {f"{name}.{part}": entry for name in about.tensors for part in ("gaps", "starts", "values")}
-    tensors = {name: TensorAbout(one.shape, one.k, one.dtype, "0" * 64) for name, one in about.tensors.items()}
-    full = About(about.keep, about.scope, about.model, about.base, tensors, -1.2345678901234567e-100, about.kind)
+    tensors = {name: replace(one, digest="0" * 64) for name, one in about.tensors.items()}
+    full = replace(about, tensors=tensors, mu=-1.2345678901234567e-100)
     return -(-(8 + len(_header_text(full, entries))) // _PAGE) * _PAGE
 
 
