@@ -7,8 +7,8 @@ a run of elements along the last dimension; of its `width` elements an expert ke
     theta* = theta + s_1 v_1 + s_2 v_2 ...     v_i what expert i holds at that place, s_i its scale
 
 The sum is taken in float32 from left to right, over the experts that hold the place, and rounded once. Where the base's
-values are given, an expert replaces what the model changed: where v_i is not 0 and theta is not the base's value, the
-sum starts from the base's value instead.
+values are given, an expert replaces what the model changed: where v_i is not 0, the sum starts from the base's value
+(which is theta where the model has changed nothing).
 
 Kept are columns [rows, k], rising within each row, and values [rows, k].
 """
@@ -82,15 +82,13 @@ def _bits(x: Tensor) -> Tensor:
 
 def applied(x: Tensor, parts: Sequence[Any]) -> Tensor:
     """The values of `x` with these parts on it, flat, of its dtype; at places without a part, its own bits."""
-    theta = x.reshape(-1).to(torch.float32)
+    total = x.reshape(-1).to(torch.float32).clone()
     places = [_at(x, part.columns) for part in parts]
-    total = theta.clone()
     for at, part in zip(places, parts):
         if part.base is not None:
             start = part.base.reshape(-1).to(torch.float32)
-            replaced = (part.values.reshape(-1) != 0) & (theta[at] != start)
-            total[at] = torch.where(replaced, start, total[at])
-    touched = torch.zeros_like(theta, dtype=torch.bool)
+            total[at] = torch.where(part.values.reshape(-1) != 0, start, total[at])
+    touched = torch.zeros_like(total, dtype=torch.bool)
     for at, part in zip(places, parts):
         scale = round_scalar(part.scale, torch.float32)
         total[at] = total[at] + part.values.reshape(-1).to(torch.float32) * scale

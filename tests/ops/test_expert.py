@@ -57,7 +57,9 @@ def test_the_definition_keeps_the_largest_of_each_row(data: st.DataObject) -> No
     kept = plainly(x, int(width * keep))
     columns = [row.nonzero().reshape(-1).tolist() for row in kept]
     assert expert.columns.to(torch.int64).tolist() == columns
-    assert torch.equal(expert.values.nan_to_num(7.0), x.reshape(rows, width)[kept].view(rows, -1).nan_to_num(7.0))
+    assert torch.equal(
+        expert.values.nan_to_num(7.0), x.reshape(rows, width)[kept].view(expert.values.shape).nan_to_num(7.0)
+    )
     dense = torch.where(kept.view(x.shape), x, torch.zeros((), dtype=x.dtype))
     assert torch.equal(expert.dense().nan_to_num(7.0), dense.nan_to_num(7.0))
 

@@ -93,10 +93,10 @@ FM_INLINE int64_t column_of(const ExpertPart& part, int64_t entry) {
     return static_cast<const int32_t*>(part.columns)[entry];
 }
 
-FM_INLINE bool replaces(const ExpertPart& part, int64_t entry, float value, float theta, float& base) {
-    if (part.base.data == nullptr) return false;
-    base = load_one(part.base.data, part.base.dtype, entry);
-    return expert_replaces(value, theta, base);
+// What the sum at a place starts from: the base's value where the expert replaces, else `otherwise`.
+FM_INLINE float start_of(const ExpertPart& part, int64_t entry, float value, float otherwise) {
+    bool replaced = part.base.data != nullptr && expert_replaces(value);
+    return replaced ? load_one(part.base.data, part.base.dtype, entry) : otherwise;
 }
 
 // The places of a tensor are strewn over memory, far apart: those of the next row are asked for while this one is at
@@ -121,8 +121,7 @@ int64_t rows_of_one(const ExpertArgs& args, int64_t begin, int64_t end) {
             int64_t at = row * args.width + column_of(part, entry);
             uint32_t old = kWrite ? load_bits(args.data, args.dtype, at) : load_bits(part.saved, args.dtype, entry);
             float theta = from_bits(old, args.dtype), value = load_one(part.values.data, part.values.dtype, entry);
-            float base = 0.0f;
-            float start = replaces(part, entry, value, theta, base) ? base : theta;
+            float start = start_of(part, entry, value, theta);
             uint32_t now = rounded_bits(expert_add(start, value, part.scale), args.dtype);
             if (kWrite) {
                 store_bits(part.saved, args.dtype, entry, old);
@@ -157,11 +156,10 @@ int64_t rows_of_many(const ExpertArgs& args, int64_t begin, int64_t end, float* 
             uint32_t old =
                 kWrite ? load_bits(args.data, args.dtype, first + column) : load_bits(part.saved, args.dtype, entry);
             if (kWrite) store_bits(part.saved, args.dtype, entry, old);
-            float theta = from_bits(old, args.dtype), base = 0.0f;
-            if (touched[column] == 0) total[column] = theta;
+            if (touched[column] == 0) total[column] = from_bits(old, args.dtype);
             touched[column] = 1;
             float value = load_one(part.values.data, part.values.dtype, entry);
-            if (replaces(part, entry, value, theta, base)) total[column] = base;
+            total[column] = start_of(part, entry, value, total[column]);
         });
         over(row, [&](const ExpertPart& part, int64_t entry, int64_t column) {
             float value = load_one(part.values.data, part.values.dtype, entry);

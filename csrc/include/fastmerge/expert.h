@@ -6,7 +6,7 @@
 FM_NAMESPACE_BEGIN
 
 // Whether an expert takes the place of what the model changed there, instead of coming on top of it.
-FM_INLINE bool expert_replaces(float value, float theta, float base) { return value != 0.0f && theta != base; }
+FM_INLINE bool expert_replaces(float value) { return value != 0.0f; }
 
 // Two float32 operations; the sum over all experts is rounded to the model's dtype once.
 FM_INLINE float expert_add(float total, float value, float scale) { return total + value * scale; }
