@@ -23,11 +23,12 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-FAMILIES = ("select", "sparsify", "pcb", "consensus")
-DRIVERS = ("dispatch", "pool", "select", "sparsify", "pcb", "consensus")
+CUDA_FAMILIES = ("select", "sparsify", "pcb", "consensus")
+FAMILIES = (*CUDA_FAMILIES, "expert")
+DRIVERS = ("dispatch", "pool", *FAMILIES)
 
-CUDA_SOURCES = ("driver", *FAMILIES)
-CUDA_BINDINGS = ["csrc/bindings/cuda.cpp", *(f"csrc/bindings/cuda/{name}.cpp" for name in FAMILIES)]
+CUDA_SOURCES = ("driver", *CUDA_FAMILIES)
+CUDA_BINDINGS = ["csrc/bindings/cuda.cpp", *(f"csrc/bindings/cuda/{name}.cpp" for name in CUDA_FAMILIES)]
 # Of them those that nvcc knows: 100 and 120 from 12.8 on. The last one as PTX, too, which newer GPUs compile for
 # themselves.
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")

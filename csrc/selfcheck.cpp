@@ -239,6 +239,58 @@ std::vector<uint8_t> competitions(const Family& family) {
     return all;
 }
 
+// Two experts in rows of a third of a tensor or so: found as a stable sort finds them, put on together and taken off.
+std::vector<uint8_t> experts(const Family& family) {
+    size_t rows = 3, width = static_cast<size_t>(family.numel) / rows, kept = width / 50 + 1;
+    bool wide = width > 65536;
+    std::vector<uint8_t> all;
+    if (width < 2) return all;
+    std::vector<std::vector<uint16_t>> narrow(2, std::vector<uint16_t>(rows * kept)), values(narrow);
+    std::vector<std::vector<int32_t>> columns(2, std::vector<int32_t>(rows * kept));
+    std::vector<std::vector<uint16_t>> saved(narrow);
+    std::vector<ExpertPart> parts;
+    for (size_t e = 0; e < 2; ++e) {
+        size_t model = e % family.models.size();
+        Models one = family.view();
+        one.models = &family.arrays[model];
+        one.count = 1;
+        void* out = wide ? static_cast<void*>(columns[e].data()) : narrow[e].data();
+        int64_t k = static_cast<int64_t>(kept);
+        expert_extract(one, static_cast<int64_t>(rows), static_cast<int64_t>(width), k, out, wide ? 4 : 2,
+                       values[e].data(), kBFloat16);
+        for (size_t row = 0; row < rows; ++row) {
+            std::vector<size_t> order(width);
+            for (size_t i = 0; i < width; ++i) order[i] = i;
+            auto key = [&](size_t i) { return magnitude_key(family.delta(model, row * width + i)); };
+            std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return key(a) > key(b); });
+            std::sort(order.begin(), order.begin() + k);
+            for (size_t j = 0; j < kept; ++j) {
+                size_t entry = row * kept + j;
+                size_t found = wide ? static_cast<size_t>(columns[e][entry]) : narrow[e][entry];
+                if (found != order[j]) {
+                    check(false, "which elements an expert keeps");
+                    return all;
+                }
+            }
+        }
+        parts.push_back({out, wide ? 4 : 2, {values[e].data(), kBFloat16}, {nullptr, 0}, saved[e].data(), k, 1.5f});
+        append(all, values[e]);
+    }
+    std::vector<uint16_t> theta(family.base), before(theta);
+    ExpertArgs worn = {theta.data(), kBFloat16, static_cast<int64_t>(rows), static_cast<int64_t>(width),
+                       parts.data(), 2};
+    for (int32_t count : {1, 2}) {
+        worn.count = count;
+        expert_apply({worn});
+        append(all, theta);
+        check(theta != before, "an expert that is put on");
+        int64_t changed = -1;
+        expert_revert({worn}, &changed);
+        check(changed == 0 && theta == before, "an expert that is taken off");
+    }
+    return all;
+}
+
 }  // namespace
 
 int main() {
@@ -259,6 +311,7 @@ int main() {
             if (families[f].numel > 3) check_selection(families[f]);
             std::vector<uint8_t> made = merges(families[f]);
             append(made, competitions(families[f]));
+            append(made, experts(families[f]));
             if (expected.size() == f) expected.push_back(made);
             check(made == expected[f], "merging gives other bits than " + supported_isas().front());
         }

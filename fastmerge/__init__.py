@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastmerge.errors import FastmergeError
 
 if TYPE_CHECKING:
-    from fastmerge import backends, errors, methods, ops
+    from fastmerge import backends, errors, experts, methods, ops, routers
     from fastmerge.merging import merge, merge_checkpoints, plan_checkpoints
 
 __version__ = "0.1.0"
@@ -25,14 +25,16 @@ __all__ = [
     "__version__",
     "backends",
     "errors",
+    "experts",
     "merge",
     "merge_checkpoints",
     "methods",
     "ops",
     "plan_checkpoints",
+    "routers",
 ]
 
-_MODULES = ("backends", "errors", "methods", "ops")
+_MODULES = ("backends", "errors", "experts", "methods", "ops", "routers")
 _FUNCTIONS = ("merge", "merge_checkpoints", "plan_checkpoints")
 
 

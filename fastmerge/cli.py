@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from fastmerge import cli_expert
 from fastmerge.errors import ArgumentError, FastmergeError, MergeError
 
 if TYPE_CHECKING:
@@ -305,6 +306,14 @@ def _quieten_other_threads() -> None:
 
 
 @contextlib.contextmanager
+def _import_quietly() -> Iterator[None]:
+    """Importing torch for a command that computes with the kernels alone."""
+    _quieten_other_threads()
+    with _without_garbage_collection():
+        yield
+
+
+@contextlib.contextmanager
 def _without_garbage_collection() -> Iterator[None]:
     """Importing torch makes a million objects and no garbage: looking for some among them takes 60 ms."""
     gc.disable()
@@ -519,6 +528,9 @@ def _guarded(work: Callable[[], None], as_json: bool) -> int:
         traceback.print_exc()
         return _complain(f"Internal error ({type(error).__name__}): {error}", FAILED, as_json, shown=True)
     return DONE
+
+
+cli_expert.add_to(app, _guarded, _import_quietly)
 
 
 def _complain(message: str, code: int, as_json: bool, *, shown: bool = False) -> int:

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <stdexcept>
+#include <tuple>
 
 #include "cpu/api.h"
 #include "fastmerge/consensus.h"
@@ -16,6 +17,7 @@ namespace {
 
 using fastmerge::cpu::Array;
 using fastmerge::cpu::ConsensusArgs;
+using fastmerge::cpu::ExpertArgs;
 using fastmerge::cpu::Many;
 using fastmerge::cpu::Models;
 using fastmerge::cpu::PcbApplyArgs;
@@ -146,6 +148,37 @@ struct PcbInputs {
         args = {inputs.models,         rule.variant,       floats(rule.clip),
                 floats(rule.extremes), floats(rule.means), floats(rule.thresholds)};
     }
+};
+
+// (tensor, address of the columns, their bytes, values, places per row, scale, the base's values there, address of the
+// old bits)
+using ExpertPart = std::tuple<int64_t, uintptr_t, int, Ref, int64_t, float, Ref, uintptr_t>;
+
+// Tensors (what, rows, width) and the parts of experts that belong to each, which come tensor by tensor.
+struct ExpertInputs {
+    std::vector<fastmerge::cpu::ExpertPart> parts;
+    std::vector<ExpertArgs> tensors;
+
+    ExpertInputs(const std::vector<std::tuple<Ref, int64_t, int64_t>>& targets, const std::vector<ExpertPart>& given) {
+        parts.reserve(given.size());
+        size_t next = 0;
+        for (size_t t = 0; t < targets.size(); ++t) {
+            const auto& [target, rows, width] = targets[t];
+            size_t first = next;
+            for (; next < given.size() && std::get<0>(given[next]) == static_cast<int64_t>(t); ++next) {
+                const auto& [of, columns, column_bytes, values, kept, scale, base, saved] = given[next];
+                need(column_bytes == 2 || column_bytes == 4, "columns have 2 or 4 bytes");
+                need(kept >= 0 && kept <= width, "an expert keeps more than a row has");
+                parts.push_back({reinterpret_cast<const void*>(columns), column_bytes, array(values), array(base),
+                                 reinterpret_cast<void*>(saved), kept, scale});
+            }
+            tensors.push_back({const_cast<void*>(array(target).data), target.second, rows, width, parts.data() + first,
+                               static_cast<int32_t>(next - first)});
+        }
+        need(next == given.size(), "parts come tensor by tensor");
+    }
+    ExpertInputs(const ExpertInputs&) = delete;
+    ExpertInputs& operator=(const ExpertInputs&) = delete;
 };
 
 std::vector<Shard> shards_of(const std::vector<std::pair<Ref, int64_t>>& shards) {
@@ -403,6 +436,30 @@ PYBIND11_MODULE(_cpu, m) {
             call.out_dtype = target.dtype;
             call.scale = floats(scale);
             fastmerge::cpu::pcb_apply(call);
+        },
+        release());
+    m.def(
+        "expert_extract",
+        [](const Ref& base, bool subtract, const Ref& x, int64_t rows, int64_t width, int64_t kept, uintptr_t columns,
+           int column_bytes, const Ref& values) {
+            Inputs inputs(base, subtract, {x}, rows * width, fastmerge::kFloat32);
+            need(kept >= 0 && kept <= width, "k out of range");
+            need(column_bytes == (width <= 65536 ? 2 : 4), "columns have 2 bytes, those of wide rows 4");
+            fastmerge::cpu::expert_extract(inputs.models, rows, width, kept, reinterpret_cast<void*>(columns),
+                                           column_bytes, const_cast<void*>(array(values).data), values.second);
+        },
+        release());
+    m.def(
+        "expert_apply",
+        [](const std::vector<std::tuple<Ref, int64_t, int64_t>>& targets, const std::vector<ExpertPart>& parts) {
+            fastmerge::cpu::expert_apply(ExpertInputs(targets, parts).tensors);
+        },
+        release());
+    m.def(
+        "expert_revert",
+        [](const std::vector<std::tuple<Ref, int64_t, int64_t>>& targets, const std::vector<ExpertPart>& parts,
+           uintptr_t changed) {
+            fastmerge::cpu::expert_revert(ExpertInputs(targets, parts).tensors, numbers(changed));
         },
         release());
     m.def(

@@ -67,6 +67,12 @@ void pcb_extremes(const Models& models, float* out);                           /
 void pcb_sums(const PcbArgs& args, int64_t* out);                              // [n + pairs, 12]
 void pcb_apply(const PcbApplyArgs& args);
 
+// Light experts; see fastmerge/reference/expert.py. `changed` [tensors]; nothing is restored unless all of it is 0.
+void expert_extract(const Models& models, int64_t rows, int64_t width, int64_t kept, void* columns,
+                    int32_t column_bytes, void* values, int32_t dtype);
+void expert_apply(const std::vector<ExpertArgs>& tensors);
+void expert_revert(const std::vector<ExpertArgs>& tensors, int64_t* changed);
+
 // exp (0) or tanh (1) of float32 values.
 void function(int32_t which, const float* x, int64_t count, float* out);
 

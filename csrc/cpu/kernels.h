@@ -93,6 +93,25 @@ struct PcbApplyArgs {
     float* scale;  // [n, numel], or nullptr
 };
 
+// What one expert holds of a tensor: `kept` places of each row. See fastmerge/reference/expert.py.
+struct ExpertPart {
+    const void* columns;
+    int32_t column_bytes;  // 2 or 4
+    Array values;
+    Array base;   // the base's values at these places; data == nullptr: the expert is added
+    void* saved;  // the tensor's own bits there
+    int64_t kept;
+    float scale;
+};
+
+struct ExpertArgs {
+    void* data;
+    int32_t dtype;
+    int64_t rows, width;
+    const ExpertPart* parts;
+    int32_t count;
+};
+
 // Sums of one model over a range, as limbs.
 struct MassSums {
     uint64_t all[12];
@@ -131,6 +150,15 @@ struct Kernels {
     void (*pcb_extremes)(const Models* models, int64_t begin, int64_t end, void* scratch, int32_t* ordered_extremes);
     void (*pcb_sums)(const PcbArgs* args, int64_t begin, int64_t end, void* scratch, uint64_t* limbs);
     void (*pcb_apply)(const PcbApplyArgs* args, int64_t begin, int64_t end, void* scratch);
+
+    // expert. Rows [begin, end); `total` and `touched`, which is all 0, have room for a row where parts are several.
+    int64_t (*expert_at_least)(const uint32_t* keys, int64_t count, uint32_t low, uint32_t* out);
+    void (*expert_gather)(const Models* models, int64_t begin, const uint32_t* columns, int64_t count, void* out,
+                          int32_t dtype);
+    void (*expert_apply)(const ExpertArgs* args, int64_t begin, int64_t end, float* total, uint8_t* touched);
+    int64_t (*expert_changed)(const ExpertArgs* args, int64_t begin, int64_t end, float* total, uint8_t* touched);
+    void (*expert_restore)(const ExpertArgs* args, int64_t begin, int64_t end);
+    uint32_t (*expert_most_column)(const ExpertPart* part, int64_t begin, int64_t end);
 
     // exp (0) or tanh (1) of float32 values, for tests and benchmarks
     void (*function)(int32_t which, const float* x, int64_t count, float* out);

@@ -14,7 +14,7 @@ import torch
 from .. import _cpu
 from ..errors import BackendError
 from .lists import Lists, for_whole_tensors
-from .rule import L1_LIMBS, TIE_BLOCK, PcbRule, SparsifyRule
+from .rule import L1_LIMBS, TIE_BLOCK, ExpertPart, PcbRule, SparsifyRule, column_dtype, saved_layout
 from .threads import default_threads
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -368,3 +368,54 @@ def count_nonfinite(x: torch.Tensor) -> torch.Tensor:
 def zero_nonfinite_(x: torch.Tensor) -> None:
     """Set NaN and infinite elements of x to zero, in place."""
     _cpu.zero_nonfinite(_ref(x), x.numel())
+
+
+def expert_extract(
+    base: torch.Tensor | None, x: torch.Tensor, k: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest elements of each row of a delta; see `fastmerge.ops.extract_expert`."""
+    width = x.shape[-1] if x.dim() else 1
+    rows = x.numel() // width if width else 0
+    columns = torch.empty(rows, k, dtype=column_dtype(width))
+    values = torch.empty(rows, k, dtype=dtype)
+    reference = _NOTHING if base is None else _ref(base)
+    places = columns.data_ptr(), columns.element_size()
+    _cpu.expert_extract(reference, base is not None, _ref(x), rows, width, k, *places, _ref(values))
+    return columns, values
+
+
+def _worn(
+    tensors: list[torch.Tensor], parts: list[ExpertPart], saved: torch.Tensor
+) -> tuple[list[tuple[_Ref, int, int]], list[tuple[int, int, int, _Ref, int, float, _Ref, int]]]:
+    """Tensors and the parts that they wear, as the kernels know them."""
+    widths = [x.shape[-1] if x.dim() else 1 for x in tensors]
+    targets = [(_ref(x), x.numel() // width if width else 0, width) for x, width in zip(tensors, widths)]
+    start = saved.data_ptr()
+    return targets, [
+        (
+            part.of,
+            part.columns.data_ptr(),
+            part.columns.element_size(),
+            _ref(part.values),
+            part.columns.shape[1],
+            part.scale,
+            _NOTHING if part.base is None else _ref(part.base),
+            start + first,
+        )
+        for part, (first, _) in zip(parts, saved_layout(tensors, parts))
+    ]
+
+
+def expert_apply_(tensors: list[torch.Tensor], parts: list[ExpertPart]) -> torch.Tensor:
+    """Put experts onto tensors; see `fastmerge.ops.expert_apply_`."""
+    places = saved_layout(tensors, parts)
+    saved = torch.zeros(places[-1][1] if places else 0, dtype=torch.uint8)
+    _cpu.expert_apply(*_worn(tensors, parts, saved))
+    return saved
+
+
+def expert_revert_(tensors: list[torch.Tensor], parts: list[ExpertPart], saved: torch.Tensor) -> torch.Tensor:
+    """Take experts off tensors; see `fastmerge.ops.expert_revert_`."""
+    changed = torch.empty(len(tensors), dtype=torch.int64)
+    _cpu.expert_revert(*_worn(tensors, parts, saved), changed.data_ptr())
+    return changed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..reference.consensus import consensus_apply
+from ..reference.expert import expert_apply_, expert_extract, expert_revert_
 from ..reference.pcb import (
     pcb_apply,
     pcb_extremes,
@@ -28,6 +29,9 @@ __all__ = [
     "abs_histogram",
     "consensus_apply",
     "count_nonfinite",
+    "expert_apply_",
+    "expert_extract",
+    "expert_revert_",
     "hashed_mask",
     "kept_masks",
     "key_histogram",

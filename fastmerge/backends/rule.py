@@ -7,6 +7,18 @@ from typing import Literal
 
 import torch
 
+from ..reference.expert import column_dtype, saved_layout
+
+__all__ = [
+    "L1_LIMBS",
+    "TIE_BLOCK",
+    "ExpertPart",
+    "PcbRule",
+    "SparsifyRule",
+    "column_dtype",
+    "saved_layout",
+]
+
 SparsifyMethod = Literal["none", "band", "bernoulli", "della", "mask"]
 
 TIE_BLOCK = 65536
@@ -59,3 +71,19 @@ class PcbRule:
     extremes: torch.Tensor | None = None
     means: torch.Tensor | None = None
     thresholds: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """What one expert holds of one tensor, and how it is put there.
+
+    of: which of the tensors at hand. columns: uint16[rows, k] (int32 where rows are wider than 65536), rising within
+    each row, and values: [rows, k] of any dtype that kernels read. scale: what the values are multiplied by. base: the
+    base's values at these places, [rows, k], where the expert replaces what the model changed; None where it is added.
+    """
+
+    of: int
+    columns: torch.Tensor
+    values: torch.Tensor
+    scale: float
+    base: torch.Tensor | None = None

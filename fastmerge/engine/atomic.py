@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all: written beside its target, flushed, and renamed into place."""
+"""A directory or file that appears whole or not at all: written beside its target, flushed, renamed into place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastmerge.errors import ArgumentError, MergeError
 from fastmerge.sizes import format_size
 
 _log = logging.getLogger("fastmerge")
-_live: set[AtomicDirectory] = set()
+_live: set[AtomicDirectory | AtomicFile] = set()
 _live_lock = threading.Lock()
 
 _FULL = {
@@ -154,6 +154,56 @@ class AtomicDirectory:
             directory.mkdir(exist_ok=True)
 
     def _forget(self) -> None:
+        self._done = True
+        with _live_lock:
+            _live.discard(self)
+
+
+class AtomicFile:
+    """A temporary file beside ``target`` that either becomes ``target`` or disappears. Whoever writes it makes it.
+
+    Args:
+        target: where the file shall appear; nothing may be there.
+
+    Raises:
+        ArgumentError: the target exists, or its directory does not or cannot be written.
+    """
+
+    def __init__(self, target: Path) -> None:
+        folder = Path(os.path.realpath(target.parent))
+        self.target = folder / target.name
+        self.path = folder / f".{target.name}.partial-{secrets.token_hex(6)}"
+        if os.path.lexists(self.target):
+            raise ArgumentError(f"The output {target} exists: choose another name or remove it.")
+        if not folder.is_dir():
+            raise ArgumentError(f"The output {target} cannot be made: {target.parent} is not a directory.")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ArgumentError(f"The output {target} cannot be made: {target.parent} is not writable.")
+        self._done = False
+        with _live_lock:
+            _live.add(self)
+
+    def commit(self) -> None:
+        """Give the file, which its writer has flushed, its name. MergeError: somebody else has made one meanwhile."""
+        try:
+            # A link, unlike a rename, does not replace what has come into being meanwhile.
+            os.link(self.path, self.target)
+        except FileExistsError:
+            raise MergeError(f"The output {self.target} was made by somebody else meanwhile: choose another.") from None
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise disk_error(error, self.target, "Renaming the finished output to") from error
+            os.rename(self.path, self.target)  # a file system without links
+        self.abort()
+        with contextlib.suppress(OSError):
+            fsync_path(self.target.parent)
+
+    def abort(self) -> None:
+        """Remove the temporary file. Idempotent."""
+        if self._done:
+            return
+        with contextlib.suppress(OSError):
+            self.path.unlink()
         self._done = True
         with _live_lock:
             _live.discard(self)

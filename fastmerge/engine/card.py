@@ -18,7 +18,8 @@ def model_card(config_yaml: str, info: Mapping[str, Any]) -> str:
         info: what is known about the merge; every key is optional.
             ``name`` (title), ``method``, ``summary`` (one sentence), ``source`` (citation of the method),
             ``base_model`` (reference or None), ``models`` (list of references), ``numerics``, ``seed``,
-            ``dtype``, ``version`` (of fastmerge), ``digest`` (of the merged tensors).
+            ``dtype``, ``version`` (of fastmerge), ``digest`` (of the merged tensors), ``command`` (what makes the model
+            again, where that is not a merge of the configuration).
 
     Returns:
         Markdown with YAML front matter. It depends on the arguments alone: no date, no machine.
@@ -70,8 +71,10 @@ def _reproduce(info: Mapping[str, Any]) -> str:
     if info.get("seed") is not None:
         command.append(f"--seed {info['seed']}")
     version = f" with fastmerge {info['version']}" if info.get("version") else ""
-    text = f"Save the configuration above as `config.yml`, then{version}:\n\n"
-    text += _fenced(" ".join(command), "sh")
+    if info.get("command"):
+        text = f"Run{version}:\n\n" + _fenced(str(info["command"]), "sh")
+    else:
+        text = f"Save the configuration above as `config.yml`, then{version}:\n\n" + _fenced(" ".join(command), "sh")
     if info.get("digest"):
         text += (
             "\n\nThe result has the same bits on every machine, whatever the shard size, memory budget or number of "

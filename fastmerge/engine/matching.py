@@ -128,6 +128,16 @@ def _match(name: str, base: Source | None, models: Sequence[Source], excluded: b
     return Match(name, "merge", inputs[0], tuple(inputs[1:]), again)
 
 
+def copies_of_embeddings(source: Source) -> dict[str, str]:
+    """The heads that a model stores although they are its embedding again, each with that embedding's name."""
+    found = {}
+    for name in source.tensors:
+        embedding = _embedding_of(source, name) if _HEAD.match(name) else None
+        if embedding is not None and _is_copy(source, name):
+            found[name] = embedding.name
+    return found
+
+
 def _is_copy(source: Source, head: str) -> bool:
     """Whether a head is its embedding again: the config says so, or both are the same memory."""
     embedding = _embedding_of(source, head)

@@ -221,6 +221,15 @@ class ModelWriter:
             if target.position == target.tensor.nbytes:
                 self.digests[name] = target.digest.hexdigest()
 
+    @property
+    def target(self) -> Path:
+        """The directory that is being made."""
+        return self._directory.target
+
+    def place(self, name: str) -> Path:
+        """Where a further file of the output is to be written before :meth:`finish`; it appears with all the others."""
+        return self._directory.path / name
+
     def finish(self, *, manifest: Mapping[str, Any], card_yaml: str, card_info: Mapping[str, Any]) -> None:
         """Check that every byte has come, write the small files, flush all and rename the directory into place.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..backends.rule import L1_LIMBS, TIE_BLOCK, PcbRule, SparsifyRule
+from ..backends.rule import L1_LIMBS, TIE_BLOCK, ExpertPart, PcbRule, SparsifyRule
 from ._exact import l1_mass, l1_scale, tensor_id
 from ._score_keys import (
     choose_window,
@@ -17,6 +17,7 @@ from ._score_keys import (
     score_prefix,
 )
 from .consensus import consensus_apply, consensus_merge, total_divisor, weight_sum
+from .expert import Expert, expert_apply_, expert_k, expert_rescale, expert_revert_, extract_expert
 from .many import PreparedMerge, consensus_merge_many, prepare_merge_many
 from .pcb import pcb_apply, pcb_extremes, pcb_histogram, pcb_scores, pcb_sums, pcb_window_
 from .pcb_rows import pcb_bounds, pcb_merge, pcb_rule
@@ -43,6 +44,8 @@ from .sparsify import count_nonfinite, kept_masks, l1_sums, sparsify, zero_nonfi
 __all__ = [
     "L1_LIMBS",
     "TIE_BLOCK",
+    "Expert",
+    "ExpertPart",
     "PcbRule",
     "PreparedMerge",
     "SparsifyRule",
@@ -56,6 +59,11 @@ __all__ = [
     "consensus_merge",
     "consensus_merge_many",
     "count_nonfinite",
+    "expert_apply_",
+    "expert_k",
+    "expert_rescale",
+    "expert_revert_",
+    "extract_expert",
     "hashed_mask",
     "highest_bin",
     "keep_ties",

@@ -26,7 +26,18 @@ def test_help_answers_at_once(arguments: list[str]) -> None:
     assert min(seconds_of(arguments) for _ in range(RUNS)) < 0.8
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["merge"], ["merge", "no.yml", "out"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["merge", "--help"],
+        ["merge"],
+        ["merge", "no.yml", "out"],
+        ["expert", "--help"],
+        ["expert", "extract", "a", "b", "-o", "c", "--keep", "2"],
+        ["expert", "apply", "a", "b", "-o", "c", "--shard-size", "x"],
+    ],
+)
 def test_neither_help_nor_a_wrong_command_line_imports_torch(arguments: list[str]) -> None:
     code = (
         f"import sys; from fastmerge.cli import run; run({arguments!r}); print('torch' in sys.modules, file=sys.stderr)"
@@ -38,9 +49,9 @@ def test_neither_help_nor_a_wrong_command_line_imports_torch(arguments: list[str
 def test_help_lists_the_commands_there_are_and_no_others(run: Run) -> None:
     result = run("--help")
     assert result.returncode == 0
-    for present in ("merge", "methods", "env", "bench"):
+    for present in ("merge", "methods", "env", "bench", "expert"):
         assert f" {present} " in result.stdout
-    for absent in ("inspect", "evolve", "expert", "pcb", "resume"):
+    for absent in ("inspect", "evolve", "pcb", "resume"):
         assert absent not in result.stdout + run("merge", "--help").stdout
 
 

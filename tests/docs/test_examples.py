@@ -18,7 +18,7 @@ SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 
 def test_there_are_examples() -> None:
     assert {path.name for path in CONFIGS} == {"dare_ties.yml", "gradient.yml", "pcb.yml", "ties.yml"}
-    assert {path.name for path in SCRIPTS} == {"merge_in_memory.py", "ops_tour.py"}
+    assert {path.name for path in SCRIPTS} == {"expert_routing.py", "merge_in_memory.py", "ops_tour.py"}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

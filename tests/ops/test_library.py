@@ -85,7 +85,23 @@ def samples(seed: int, rows: int, backend: str) -> list[tuple[str, tuple[Any, ..
         ("pcb_apply", (base, others, *pcb_arguments("script", 2), [1.0, 0.5], torch.bfloat16, backend)),
         ("pcb_apply_out", (base, others, *pcb_arguments("vision", 2), [1.0, 0.5], torch.empty(rows, 8), None, backend)),
         ("pcb_apply_out", (None, models, *pcb_arguments("paper", 3), [1.0] * 3, *pcb_targets(models), backend)),
+        ("expert_extract", (base, others[0], 3, torch.bfloat16, backend)),
+        ("expert_apply_", (*expert_arguments(models, backend), backend)),
+        ("expert_revert_", worn(models, backend)),
     ]
+
+
+def expert_arguments(models: list[Tensor], backend: str) -> tuple[Any, ...]:
+    """Two experts on the first of two tensors, one on the second: all arguments but the backend."""
+    kept = [op("expert_extract")(None, x, 3, f32, backend) for x in models]
+    columns, values = [columns for columns, _ in kept], [values for _, values in kept]
+    return [models[0].clone(), models[1].clone()], [0, 0, 1], columns, values, [0.5, -1.0, 2.0], []
+
+
+def worn(models: list[Tensor], backend: str) -> tuple[Any, ...]:
+    """Experts that are on, as they are taken off."""
+    arguments = expert_arguments(models, backend)
+    return (*arguments, op("expert_apply_")(*arguments, backend), backend)
 
 
 def pairs(models: list[Tensor]) -> list[Tensor]:
@@ -111,7 +127,7 @@ def pcb_targets(models: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @each_working_backend
-@pytest.mark.parametrize("number", range(26))
+@pytest.mark.parametrize("number", range(29))
 def test_opcheck(number: int, backend: str) -> None:
     name, arguments = samples(0, 5, backend)[number]
     torch.library.opcheck(op(name), arguments)
@@ -144,7 +160,15 @@ def run_all(models: list[Tensor], backend: str) -> list[Tensor]:
     many = [many_arguments(models, method, backend) for method in ("magnitude", "bernoulli")]
     for arguments in many:
         op("consensus_merge_many_")(*arguments)
+    expert = expert_arguments(models, backend)
+    saved = op("expert_apply_")(*expert, backend)
+    put_on = [x.clone() for x in expert[0]]
     return [
+        *put_on,
+        saved,
+        op("expert_revert_")(*expert, saved, backend),
+        *expert[0],
+        *op("expert_extract")(base, others[0], 3, f32, backend),
         *many[0][-2],
         *many[1][-2],
         window,

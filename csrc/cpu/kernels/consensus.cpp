@@ -253,5 +253,6 @@ extern "C" const fastmerge::cpu::Kernels* FASTMERGE_TABLE() {
     fastmerge::fill_sparsify(table);
     fastmerge::fill_pcb(table);
     fastmerge::fill_consensus(table);
+    fastmerge::fill_expert(table);
     return &table;
 }

@@ -64,5 +64,6 @@ void fill_select(cpu::Kernels& table);
 void fill_sparsify(cpu::Kernels& table);
 void fill_pcb(cpu::Kernels& table);
 void fill_consensus(cpu::Kernels& table);
+void fill_expert(cpu::Kernels& table);
 
 FM_NAMESPACE_END

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ..experts_in_torch import expert_apply_, expert_extract, expert_revert_
 from ..rule import TIE_BLOCK
 from .consensus import consensus_apply, consensus_apply_many
 from .launch import EMULATED, compiled
@@ -42,6 +43,9 @@ __all__ = [
     "consensus_apply",
     "consensus_apply_many",
     "count_nonfinite",
+    "expert_apply_",
+    "expert_extract",
+    "expert_revert_",
     "hashed_mask",
     "kept_masks",
     "key_histogram",

@@ -11,6 +11,7 @@ import os
 import torch
 import triton
 
+from ..experts_in_torch import expert_apply_, expert_extract, expert_revert_
 from .consensus import consensus_apply, consensus_apply_many
 from .launch import INTERPRETED
 from .pcb import (
@@ -43,6 +44,9 @@ __all__ = [
     "consensus_apply",
     "consensus_apply_many",
     "count_nonfinite",
+    "expert_apply_",
+    "expert_extract",
+    "expert_revert_",
     "hashed_mask",
     "kept_masks",
     "key_histogram",
