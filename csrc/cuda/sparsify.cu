@@ -183,7 +183,7 @@ struct MassShared {
     uint32_t partial[kWarps + 1];
 };
 
-FM_KERNEL(kThreads) l1_sums_kernel(FM_LARGE Each each, int64_t* limbs) {
+FM_KERNEL_RESIDENT(kThreads, 3) l1_sums_kernel(FM_LARGE Each each, int64_t* limbs) {
     MassShared& mine = shared<MassShared>();
     FM_UNROLL
     for (int group = 0; group < kGroups; ++group) mine.sum[0][group][thread()] = mine.sum[1][group][thread()] = 0;
