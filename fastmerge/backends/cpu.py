@@ -12,6 +12,7 @@ import torch
 
 from .. import _cpu
 from ..errors import BackendError
+from .highpass import highpass as highpass  # by torch, whose transforms and products are as good as any of ours
 from .rule import L1_LIMBS, TIE_BLOCK, PcbRule, SparsifyRule
 from .threads import default_threads
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..reference.consensus import consensus_apply
+from ..reference.highpass import highpass
 from ..reference.pcb import (
     pcb_apply,
     pcb_extremes,
@@ -29,6 +30,7 @@ __all__ = [
     "consensus_apply",
     "count_nonfinite",
     "hashed_mask",
+    "highpass",
     "kept_masks",
     "key_histogram",
     "key_window_",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..backends.filters import HighpassPlan
 from ..backends.rule import L1_LIMBS, TIE_BLOCK, PcbRule, SparsifyRule
 from ._exact import l1_mass, l1_scale, tensor_id
 from ._score_keys import (
@@ -17,6 +18,7 @@ from ._score_keys import (
     score_prefix,
 )
 from .consensus import consensus_apply, consensus_merge, total_divisor, weight_sum
+from .highpass import highpass, highpass_plan
 from .many import consensus_merge_many
 from .pcb import pcb_apply, pcb_extremes, pcb_histogram, pcb_scores, pcb_sums, pcb_window_
 from .pcb_rows import pcb_bounds, pcb_merge, pcb_rule
@@ -43,6 +45,7 @@ from .sparsify import count_nonfinite, kept_masks, l1_sums, sparsify, zero_nonfi
 __all__ = [
     "L1_LIMBS",
     "TIE_BLOCK",
+    "HighpassPlan",
     "PcbRule",
     "SparsifyRule",
     "abs_histogram",
@@ -57,6 +60,8 @@ __all__ = [
     "count_nonfinite",
     "hashed_mask",
     "highest_bin",
+    "highpass",
+    "highpass_plan",
     "keep_ties",
     "key_histogram",
     "key_window_",

@@ -86,6 +86,8 @@ def samples(seed: int, rows: int, backend: str) -> list[tuple[str, tuple[Any, ..
         ("pcb_apply", (base, others, *pcb_arguments("script", 2), [1.0, 0.5], torch.bfloat16, backend)),
         ("pcb_apply_out", (base, others, *pcb_arguments("vision", 2), [1.0, 0.5], torch.empty(rows, 8), None, backend)),
         ("pcb_apply_out", (None, models, *pcb_arguments("paper", 3), [1.0] * 3, *pcb_targets(models), backend)),
+        ("highpass", (base, 0.5, "ideal", backend)),
+        ("highpass_out", (base, 0.5, "official", torch.empty_like(base), backend)),
     ]
 
 
@@ -112,7 +114,7 @@ def pcb_targets(models: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @each_working_backend
-@pytest.mark.parametrize("number", range(27))
+@pytest.mark.parametrize("number", range(29))
 def test_opcheck(number: int, backend: str) -> None:
     name, arguments = samples(0, 5, backend)[number]
     torch.library.opcheck(op(name), arguments)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ..highpass import highpass
 from ..rule import TIE_BLOCK
 from .consensus import consensus_apply, consensus_apply_many
 from .launch import EMULATED, compiled
@@ -43,6 +44,7 @@ __all__ = [
     "consensus_apply_many",
     "count_nonfinite",
     "hashed_mask",
+    "highpass",
     "kept_masks",
     "key_histogram",
     "key_window_",

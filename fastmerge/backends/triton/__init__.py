@@ -11,6 +11,7 @@ import os
 import torch
 import triton
 
+from ..highpass import highpass
 from .consensus import consensus_apply, consensus_apply_many
 from .launch import INTERPRETED
 from .pcb import (
@@ -44,6 +45,7 @@ __all__ = [
     "consensus_apply_many",
     "count_nonfinite",
     "hashed_mask",
+    "highpass",
     "kept_masks",
     "key_histogram",
     "key_window_",

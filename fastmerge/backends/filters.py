@@ -1,0 +1,202 @@
+"""What the frequency filter does to a matrix of one shape, found without building its mask.
+
+Of the mask M only Ms(k) = (M(k) + M(-k)) / 2 shows in a real result. A matrix [H, W] has millions of coefficients, but
+the mask is made of discs: along either axis the half spectrum falls into lines (columns or rows of coefficients) that
+are dropped whole, then lines that are changed in part, then lines that are left alone. Where one begins is decided by
+the comparisons of the definition itself, in float64, at the two ends of a line: distances grow from one to the other.
+`official` doubles some coefficients on a ring; those on lines that are otherwise left alone are points.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+Weights = NDArray[np.float64]
+
+
+class Mask:
+    """The symmetrised mask of matrices [height, width], in parts.
+
+    Axis 0 runs along the rows' indices (y), axis 1 along the columns' (x). A line of an axis is what belongs to one
+    index of it; the half spectrum along an axis has the lines 0 .. size // 2.
+    """
+
+    def __init__(self, height: int, width: int, ratio: float, mode: str) -> None:
+        self.sizes = (height, width)
+        self.mode = mode
+        side = min(height, width)
+        # The squared distance to the disc's centre is the sum of what the two axes have of it: integers, so exact.
+        if mode == "ideal":
+            cutoff = ratio * side / 2
+            self._limit, self._ring = cutoff * cutoff, -1
+            self._squares = tuple(np.minimum(k, n - k) ** 2 for n in self.sizes for k in (np.arange(n),))
+        else:
+            self._limit, self._ring = ratio * side, side // 10
+            self._squares = tuple((np.arange(n) - n // 2) ** 2 for n in self.sizes)
+        self._points = self._ring_points()
+
+    def _keeps(self, squared: Indices) -> NDArray[np.bool_]:
+        """Whether coefficients at these squared distances are kept: on one side of a limit."""
+        distance = squared.astype(np.float64)
+        return distance >= self._limit if self.mode == "ideal" else np.sqrt(distance) <= self._limit
+
+    def _values(self, squared: Indices) -> Weights:
+        doubled = np.sqrt(squared.astype(np.float64)) == self._ring
+        return self._keeps(squared) * (1.0 + doubled)
+
+    def weights(self, rows: Indices, columns: Indices) -> Weights:
+        """Ms at these rows and columns, float64[rows, columns]: 0, 1, 2, or with odd sides halves between."""
+        (height, width), (vertical, horizontal) = self.sizes, self._squares
+        here = vertical[rows][:, None] + horizontal[columns][None]
+        mirrored = vertical[-rows % height][:, None] + horizontal[-columns % width][None]
+        return (self._values(here) + self._values(mirrored)) / 2
+
+    def along(self, axis: int, lines: Indices, places: Indices) -> Weights:
+        """Ms on lines of an axis, float64[lines, places]."""
+        return self.weights(lines, places) if axis == 0 else self.weights(places, lines).T
+
+    def bands(self, axis: int) -> tuple[int, int]:
+        """(a, b): of the half spectrum's lines along an axis [0, a) are dropped, [a, b) changed in part, points apart."""
+        size, across = self.sizes[axis], self._squares[1 - axis]
+        lines = np.arange(size // 2 + 1)
+        ends = [
+            self._keeps(self._squares[axis][index] + end)
+            for index in (lines, -lines % size)
+            for end in (across.min(), across.max())
+        ]
+        changed = np.flatnonzero(~np.logical_and.reduce(ends))
+        kept = np.flatnonzero(np.logical_or.reduce(ends))
+        last = int(changed[-1]) + 1 if len(changed) else 0
+        return min(int(kept[0]) if len(kept) else size // 2 + 1, last), last
+
+    def constant(self, axis: int, lines: Indices) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """For each place along these lines: whether all of them are 0 there, and whether all are 1."""
+        size, across = self.sizes[axis], self._squares[1 - axis]
+        places = np.arange(self.sizes[1 - axis])
+        ends = []
+        for index, crossing in ((lines, across), (-lines % size, across[-places % len(places)])):
+            squares = self._squares[axis][index]
+            ends += [self._keeps(crossing + squares.min()), self._keeps(crossing + squares.max())]
+        ones, zeros = np.logical_and.reduce(ends), ~np.logical_or.reduce(ends)
+        for line, place in self.ring(axis):
+            if line in lines:
+                ones[place] = False
+        return zeros, ones
+
+    def _ring_points(self) -> set[tuple[int, int]]:
+        """Where Ms has a part of a doubled coefficient: the integer points of a circle, and their mirror images."""
+        if self._ring < 0 or not self._keeps(np.array([self._ring**2]))[0]:
+            return set()
+        found = set()
+        for down in range(self._ring + 1):
+            along = math.isqrt(self._ring**2 - down**2)
+            if along**2 + down**2 == self._ring**2:
+                for y in (self.sizes[0] // 2 - down, self.sizes[0] // 2 + down):
+                    for x in (self.sizes[1] // 2 - along, self.sizes[1] // 2 + along):
+                        found |= {(y, x), (-y % self.sizes[0], -x % self.sizes[1])}
+        return found
+
+    def ring(self, axis: int) -> list[tuple[int, int]]:
+        """The (line, place) of such points on the half spectrum's lines along an axis, in order."""
+        places = {(point[axis], point[1 - axis]) for point in self._points}
+        return sorted(place for place in places if place[0] <= self.sizes[axis] // 2)
+
+    @property
+    def even(self) -> bool:
+        """Whether Ms(y, x) = Ms(-y, x): then the cosines and sines of a frequency are changed alike."""
+        height, width = self.sizes
+        return self.mode == "ideal" or height % 2 == 0 or width % 2 == 0 or min(height, width) == 1
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What is known of the half spectrum's lines along one axis.
+
+    dropped, partial: lines [0, dropped) are 0, [dropped, partial) are changed in part. points: of each later line that
+    the ring touches, its places.
+    """
+
+    axis: int
+    dropped: int
+    partial: int
+    points: tuple[tuple[int, tuple[int, ...]], ...]
+
+    @property
+    def touched(self) -> list[int]:
+        """All lines that are changed."""
+        return [*range(self.partial), *(line for line, _ in self.points)]
+
+
+def lines(mask: Mask, axis: int) -> Lines:
+    """The lines of a mask along one axis."""
+    dropped, partial = mask.bands(axis)
+    points: dict[int, list[int]] = {}
+    for line, place in mask.ring(axis):
+        if line >= partial:
+            points.setdefault(line, []).append(place)
+    return Lines(axis, dropped, partial, tuple((line, tuple(places)) for line, places in points.items()))
+
+
+@dataclass(frozen=True)
+class HighpassPlan:
+    """How matrices [height, width] are filtered, and at what cost.
+
+    route: "nothing", "lowrank" or "rfft". axis: along which rfft's first transform runs: 1 along the rows, 0 down the
+    columns. rank: vectors that lowrank projects on. dropped, columns: lines of the spectrum that rfft looks at no
+    further, and that it transforms along the other axis. seconds: predicted for all matrices of the tensor.
+    workspace: bytes beside the tensor and the result, tables that are kept included.
+    """
+
+    height: int
+    width: int
+    ratio: float
+    mode: str
+    route: str
+    axis: int = 1
+    rank: int = 0
+    dropped: int = 0
+    columns: int = 0
+    seconds: float = 0.0
+    workspace: int = 0
+
+
+BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Elements that are worked on at a time: what a core's cache holds; on a GPU, enough to fill it."""
+
+
+def block(length: int, device: str) -> int:
+    """How many lines of so many elements are worked on at a time."""
+    return max(1, BLOCK[device] // max(1, length))
+
+
+@functools.lru_cache(maxsize=1024)
+def candidates(
+    height: int, width: int, ratio: float, mode: str, itemsize: int = 4, device: str = "cpu"
+) -> tuple[HighpassPlan, ...]:
+    """The routes that lead to the result for one matrix, the fastest first."""
+    mask = Mask(height, width, ratio, mode)
+    along = lines(mask, 0), lines(mask, 1)
+    settings = height, width, ratio, mode
+    if not along[1].touched:
+        return (HighpassPlan(*settings, "nothing"),)
+    found = [
+        HighpassPlan(*settings, "rfft", axis=axis, dropped=each.dropped, columns=len(each.touched) - each.dropped)
+        for axis, each in enumerate(along)
+    ]
+    if mask.even:
+        rank = sum(1 if line in (0, height / 2) else 2 for line in along[0].touched)
+        found.append(HighpassPlan(*settings, "lowrank", rank=rank))
+    return tuple(found)
+
+
+def plan(
+    height: int, width: int, ratio: float, mode: str, itemsize: int = 4, device: str = "cpu", count: int = 1
+) -> HighpassPlan:
+    """The fastest route for `count` matrices of this shape."""
+    return candidates(height, width, ratio, mode, itemsize, device)[0]
