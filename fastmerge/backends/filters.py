@@ -9,6 +9,7 @@ the comparisons of the definition itself, in float64, at the two ends of a line:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -62,7 +63,10 @@ class Mask:
         return self.weights(lines, places) if axis == 0 else self.weights(places, lines).T
 
     def bands(self, axis: int) -> tuple[int, int]:
-        """(a, b): of the half spectrum's lines along an axis [0, a) are dropped, [a, b) changed in part, points apart."""
+        """(a, b): of the half spectrum's lines along an axis [0, a) are dropped, and [a, b) changed in part.
+
+        Lines from b on may still hold points of the ring.
+        """
         size, across = self.sizes[axis], self._squares[1 - axis]
         lines = np.arange(size // 2 + 1)
         ends = [
@@ -143,14 +147,18 @@ def lines(mask: Mask, axis: int) -> Lines:
     return Lines(axis, dropped, partial, tuple((line, tuple(places)) for line, places in points.items()))
 
 
+# -- routes and what they cost ---------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class HighpassPlan:
     """How matrices [height, width] are filtered, and at what cost.
 
     route: "nothing", "lowrank" or "rfft". axis: along which rfft's first transform runs: 1 along the rows, 0 down the
     columns. rank: vectors that lowrank projects on. dropped, columns: lines of the spectrum that rfft looks at no
-    further, and that it transforms along the other axis. seconds: predicted for all matrices of the tensor.
-    workspace: bytes beside the tensor and the result, tables that are kept included.
+    further, and that it transforms along the other axis. seconds: predicted, of one core of the machine that the model
+    was measured on, for all matrices of the tensor. workspace: bytes beside the tensor and the result, kept tables
+    included.
     """
 
     height: int
@@ -166,6 +174,56 @@ class HighpassPlan:
     workspace: int = 0
 
 
+@dataclass(frozen=True)
+class Costs:
+    """Nanoseconds, on one core or on a whole GPU.
+
+    copy: per element of a copy. smooth: per element of a real transform and its inverse of up to 8192 numbers without
+    large prime factors; longer ones cost more by a square root. prime, worst: the same for other lengths, per unit of
+    the largest prime factor, and at most. moved: what else the rfft route does per element; turned: what it does more
+    where the first transform runs down the columns. lined: what it does per complex number of a line along the other
+    axis, the transforms apart. folded: what lowrank does per element besides its products; product: these, per element
+    and vector.
+    """
+
+    copy: float
+    smooth: float
+    prime: float
+    worst: float
+    moved: float
+    turned: float
+    lined: float
+    folded: float
+    product: float
+
+    def transforms(self, length: int) -> float:
+        """A real transform of this length and its inverse, per element."""
+        smooth = self.smooth * max(1.0, length / 8192) ** 0.5
+        largest = _largest_prime_factor(length)
+        return smooth if largest <= 13 else max(smooth, min(self.prime * largest, self.worst))
+
+
+COSTS = {
+    # Measured by bench/highpass.py with AVX-512 and MKL.
+    "cpu": Costs(
+        copy=0.6, smooth=1.4, prime=0.17, worst=25.0, moved=3.4, turned=3.0, lined=9.5, folded=1.7, product=0.02
+    ),
+    # From the data sheet of an H100: no GPU has measured them.
+    "cuda": Costs(
+        copy=0.003,
+        smooth=0.015,
+        prime=0.0005,
+        worst=0.06,
+        moved=0.015,
+        turned=0.008,
+        lined=0.03,
+        folded=0.012,
+        product=5e-5,
+    ),
+}
+"""What decides between routes. They are constants, so that a matrix takes the same route, and gets the same bits,
+whenever a merge is run again; only their ratios count for that, and `seconds` is as good as they fit the machine."""
+
 BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Elements that are worked on at a time: what a core's cache holds; on a GPU, enough to fill it."""
 
@@ -175,28 +233,67 @@ def block(length: int, device: str) -> int:
     return max(1, BLOCK[device] // max(1, length))
 
 
+def _largest_prime_factor(number: int) -> int:
+    largest, factor = 1, 2
+    while factor * factor <= number:
+        while number % factor == 0:
+            largest, number = factor, number // factor
+        factor += 1
+    return max(largest, number)
+
+
 @functools.lru_cache(maxsize=1024)
 def candidates(
     height: int, width: int, ratio: float, mode: str, itemsize: int = 4, device: str = "cpu"
 ) -> tuple[HighpassPlan, ...]:
     """The routes that lead to the result for one matrix, the fastest first."""
-    mask = Mask(height, width, ratio, mode)
-    along = lines(mask, 0), lines(mask, 1)
+    mask, costs, numel = Mask(height, width, ratio, mode), COSTS[device], height * width
+    down, along = lines(mask, 0), lines(mask, 1)
     settings = height, width, ratio, mode
-    if not along[1].touched:
-        return (HighpassPlan(*settings, "nothing"),)
-    found = [
-        HighpassPlan(*settings, "rfft", axis=axis, dropped=each.dropped, columns=len(each.touched) - each.dropped)
-        for axis, each in enumerate(along)
-    ]
+    if not along.touched:
+        return (HighpassPlan(*settings, "nothing", seconds=numel * costs.copy * 1e-9),)
+    found = [_transformed(settings, each, costs, itemsize, device) for each in (along, down)]
     if mask.even:
-        rank = sum(1 if line in (0, height / 2) else 2 for line in along[0].touched)
-        found.append(HighpassPlan(*settings, "lowrank", rank=rank))
-    return tuple(found)
+        rank = sum(1 if line in (0, height / 2) else 2 for line in down.touched)
+        folded = 2 if height % 2 == 0 else 1
+        nanoseconds = numel * (costs.folded + costs.product * rank * 2 / folded)
+        nanoseconds += rank * width * (costs.transforms(width) + costs.copy)
+        blocks = 8 * 4 * width * min(height, block(width, device))
+        tables = 4 * rank * (height // folded + width // 2 + 1)
+        workspace = blocks + tables + 4 * rank * width
+        found.append(HighpassPlan(*settings, "lowrank", rank=rank, seconds=nanoseconds * 1e-9, workspace=workspace))
+    return tuple(sorted(found, key=lambda each: each.seconds))
+
+
+def _transformed(
+    settings: tuple[int, int, float, str], known: Lines, costs: Costs, itemsize: int, device: str
+) -> HighpassPlan:
+    """The rfft route with its first transform along one axis."""
+    height, width, *_ = settings
+    size, across = (width, height) if known.axis == 1 else (height, width)
+    columns = len(known.touched) - known.dropped
+    nanoseconds = size * across * (costs.transforms(size) + costs.moved + (costs.turned if known.axis == 0 else 0))
+    nanoseconds += columns * across * (2 * costs.transforms(across) + costs.lined)
+    waiting = 8 * across * (size // 2 + 1 - known.partial)
+    if known.axis == 1 and itemsize == 4 and waiting <= 4 * size * across:
+        waiting = 0  # there is room in the result
+    blocks = 6 * 4 * size * min(across, max(64, block(size, device))) + 4 * 8 * BLOCK[device]
+    return HighpassPlan(
+        *settings,
+        "rfft",
+        axis=known.axis,
+        dropped=known.dropped,
+        columns=columns,
+        seconds=nanoseconds * 1e-9,
+        workspace=waiting + 8 * across * columns + blocks,
+    )
 
 
 def plan(
     height: int, width: int, ratio: float, mode: str, itemsize: int = 4, device: str = "cpu", count: int = 1
 ) -> HighpassPlan:
     """The fastest route for `count` matrices of this shape."""
-    return candidates(height, width, ratio, mode, itemsize, device)[0]
+    if height * width * count == 0:
+        return HighpassPlan(height, width, ratio, mode, "nothing")
+    fastest = candidates(height, width, ratio, mode, itemsize, device)[0]
+    return dataclasses.replace(fastest, seconds=fastest.seconds * count)

@@ -65,9 +65,9 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _blocks(size: int, length: int, device: torch.device) -> list[tuple[int, int]]:
-    """[start, stop) of blocks of `size` lines of so many elements."""
-    step = filters.block(length, device.type)
+def _blocks(size: int, length: int, device: torch.device, least: int = 1) -> list[tuple[int, int]]:
+    """[start, stop) of blocks of `size` lines of so many elements: at least so many lines, and a multiple of that."""
+    step = max(1, filters.block(length, device.type) // least) * least
     return [(start, min(size, start + step)) for start in range(0, size, step)]
 
 
@@ -81,29 +81,44 @@ def _widened(x: Tensor) -> Tensor:
 def _lowrank(x: Tensor, out: Tensor, plan: HighpassPlan) -> None:
     height, width = x.shape
     classes = _bases(plan.height, plan.width, plan.ratio, plan.mode, str(x.device))
-    half = height // 2 if len(classes) == 2 else height
-    blocks = _blocks(half, len(classes) * width, x.device)
-    upper, lower = x[:half], x[half:]  # lower is empty where there is one class
+    rows = height // len(classes)
+    blocks = _blocks(rows, width, x.device)
     coefficients = [x.new_zeros((basis.shape[1], width), dtype=torch.float32) for basis, _ in classes]
+    room = [torch.empty(blocks[0][1], width, dtype=torch.float32, device=x.device) for _ in range(2)]
     for start, stop in blocks:
-        folded = [_widened(upper[start:stop])]
+        parts = [_widened(x[start + shift : stop + shift]) for shift in range(0, height - rows + 1, rows)]
         if len(classes) == 2:
-            above, below = folded[0], _widened(lower[start:stop])
-            folded = [above + below, above - below]
-        for (basis, _), sums, rows in zip(classes, coefficients, folded):
-            sums.addmm_(basis[start:stop].T, rows)
-    for (_, weights), rows in zip(classes, coefficients):
-        # In blocks, for 128 rows of a wide matrix can be more than a cache holds.
-        for start, stop in _blocks(len(rows), width, x.device):
-            spectrum = torch.fft.rfft(rows[start:stop], norm="ortho").mul_(weights[start:stop])
-            rows[start:stop] = torch.fft.irfft(spectrum, n=width, norm="ortho")
+            sums, differences = (each[: stop - start] for each in room)
+            parts = [torch.add(*parts, out=sums), torch.sub(*parts, out=differences)]
+        for (basis, _), target, part in zip(classes, coefficients, parts):
+            target.addmm_(basis[start:stop].T, part)
+    for (_, weights), target in zip(classes, coefficients):
+        for start, stop in _blocks(len(target), width, x.device):
+            spectrum = torch.fft.rfft(target[start:stop], norm="ortho").mul_(weights[start:stop])
+            target[start:stop] = torch.fft.irfft(spectrum, n=width, norm="ortho")
     for start, stop in blocks:
-        parts = [basis[start:stop] @ rows for (basis, _), rows in zip(classes, coefficients)]
+        products = [
+            torch.mm(basis[start:stop], each, out=target[: stop - start])
+            for (basis, _), each, target in zip(classes, coefficients, room)
+        ]
+        upper = _difference(x[start:stop], products[0], out[start:stop])
         if len(classes) == 2:
-            even, odd = parts
-            out[half + start : half + stop] = _widened(lower[start:stop]) - (even - odd)
-            parts = [even + odd]
-        out[start:stop] = _widened(upper[start:stop]) - parts[0]
+            lower = _difference(x[rows + start : rows + stop], products[0], out[rows + start : rows + stop])
+            upper -= products[1]
+            lower += products[1]
+            _stored(lower, out[rows + start : rows + stop])
+        _stored(upper, out[start:stop])
+
+
+def _difference(x: Tensor, y: Tensor, room: Tensor) -> Tensor:
+    """The float32 difference, in `room` if that is float32."""
+    return torch.sub(x, y, out=room) if room.dtype == torch.float32 else torch.sub(x, y)
+
+
+def _stored(values: Tensor, target: Tensor) -> None:
+    """Round values into the result, where they do not lie there already."""
+    if values.dtype != target.dtype:
+        target.copy_(values)
 
 
 @functools.lru_cache(maxsize=8)
@@ -140,30 +155,37 @@ def _rfft(x: Tensor, out: Tensor, plan: HighpassPlan) -> None:
     work = _line_work(plan.height, plan.width, plan.ratio, plan.mode, axis, str(x.device))
     first, last, points = plan.dropped, work.last, work.points
     waiting = _waiting(out, across, size // 2 + 1 - last, plan)
-    partial = torch.empty(last - first + len(points), across, dtype=COMPLEX, device=x.device)
     count = last - first
-    blocks = _blocks(across, size, x.device)
+    partial = torch.empty(across, count + len(points), dtype=COMPLEX, device=x.device)
+    # Columns are taken by whole cache lines, and several of each row.
+    blocks = _blocks(across, size, x.device, least=64 if axis == 0 else 1)
     for start, stop in blocks:
-        rows = x[start:stop] if axis == 1 else x[:, start:stop].T
-        spectrum = torch.fft.rfft(_widened(rows).contiguous(), norm="ortho")
-        partial[:count, start:stop] = spectrum[:, first:last].T
+        rows = _widened(x[start:stop]) if axis == 1 else _transposed(_widened(x[:, start:stop]))
+        spectrum = torch.fft.rfft(rows, norm="ortho")
+        partial[start:stop, :count] = spectrum[:, first:last]
         if points:
-            partial[count:, start:stop] = spectrum[:, points].T
+            partial[start:stop, count:] = spectrum[:, points]
         waiting[start:stop] = spectrum[:, last:]
     work.apply(partial)
     # From the last block to the first: where what waits lies in `out` itself, a block that is written overwrites only
     # what has been taken already.
     for start, stop in reversed(blocks):
-        spectrum = torch.zeros(stop - start, size // 2 + 1, dtype=COMPLEX, device=x.device)
-        spectrum[:, first:last] = partial[:count, start:stop].T
+        spectrum = torch.empty(stop - start, size // 2 + 1, dtype=COMPLEX, device=x.device)
+        spectrum[:, :first] = 0
+        spectrum[:, first:last] = partial[start:stop, :count]
         spectrum[:, last:] = waiting[start:stop]
         if points:
-            spectrum[:, points] = partial[count:, start:stop].T
+            spectrum[:, points] = partial[start:stop, count:]
         rows = torch.fft.irfft(spectrum, n=size, norm="ortho")
         if axis == 1:
             out[start:stop] = rows
         else:
             out[:, start:stop] = rows.T
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """The transpose, contiguous. Columns of a large matrix are gathered first: powers of two between defeat caches."""
+    return x.contiguous().T.contiguous()
 
 
 def _waiting(out: Tensor, across: int, count: int, plan: HighpassPlan) -> Tensor:
@@ -186,8 +208,9 @@ class _Chunk(NamedTuple):
 class _LineWork(NamedTuple):
     """What happens along the other axis.
 
-    last: the lines from there on are left alone. points: of those the ones that the ring touches. phases, shares: how
-    a line's coefficients at the ring's places come from it, complex64[across, places], and what of each is added.
+    last: the lines from there on are left alone. points: of those the ones that the ring touches. phases: how a line's
+    coefficients at the ring's places come from it, complex64[across, places]; shares: what of each is added to it,
+    float32[places, points].
     """
 
     last: int
@@ -197,17 +220,17 @@ class _LineWork(NamedTuple):
     shares: Tensor
 
     def apply(self, partial: Tensor) -> None:
-        """Mask lines [partial, then points; across], in place."""
+        """Mask lines [across; partial, then points], in place."""
         for chunk in self.chunks:
-            lines = torch.fft.fft(partial[chunk.start : chunk.stop], norm="ortho")
+            lines = torch.fft.fft(_transposed(partial[:, chunk.start : chunk.stop]), norm="ortho")
             for start, stop in chunk.dropped:
                 lines[:, start:stop] = 0
             for start, stop, weights in chunk.weighed:
                 lines[:, start:stop] *= weights
-            partial[chunk.start : chunk.stop] = torch.fft.ifft(lines, norm="ortho")
+            partial[:, chunk.start : chunk.stop] = torch.fft.ifft(lines, norm="ortho").T
         if self.points:
-            lines = partial[-len(self.points) :]
-            lines += ((lines @ self.phases) * self.shares) @ self.phases.conj().T
+            lines = partial[:, -len(self.points) :]
+            lines += self.phases.conj() @ ((self.phases.T @ lines) * self.shares)
 
 
 @functools.lru_cache(maxsize=8)
@@ -230,7 +253,7 @@ def _line_work(height: int, width: int, ratio: float, mode: str, axis: int, devi
     places = np.array(sorted({place for _, each in known.points for place in each}), dtype=np.int64)
     angles = np.arange(across)[:, None] * places[None] % across * (-2 * np.pi / across)
     phases = np.exp(1j * angles) / np.sqrt(across)
-    shares = mask.along(axis, np.array(points, dtype=np.int64), places) - 1
+    shares = mask.along(axis, np.array(points, dtype=np.int64), places).T - 1
     return _LineWork(
         known.partial,
         chunks,

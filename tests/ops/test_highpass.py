@@ -27,7 +27,7 @@ sides = st.one_of(st.integers(1, 24), st.sampled_from((32, 50, 51, 64, 75, 96, 1
 ratios = st.one_of(st.sampled_from((0.0, 1.0, 0.05, 0.1, 0.3, 0.5, 0.6, 0.7, 0.7072, 0.9)), st.floats(0, 1))
 modes = st.sampled_from(("ideal", "official"))
 batches = st.sampled_from(((), (), (1,), (3,), (2, 2), (0,)))
-blocks = st.sampled_from((1, 300, 1 << 18))
+blocks = st.sampled_from((100, 1000, 1 << 18))
 TOLERANCE = 1e-6
 
 
