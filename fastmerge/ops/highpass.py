@@ -47,20 +47,21 @@ def _highpass_fake(x: Tensor, ratio: float, mode: str, backend: str) -> Tensor:
 _highpass_op = define("highpass(Tensor x, float ratio, str mode, str backend) -> Tensor", _highpass, _highpass_fake)
 
 
-def _highpass_out(x: Tensor, ratio: float, mode: str, out: Tensor, backend: str) -> None:
+def _highpass_out(x: Tensor, ratio: float, variant: str, out: Tensor, backend: str) -> None:
     _matrices(x)
     if out.dtype != x.dtype:
         raise ArgumentTypeError(f"out has dtype {out.dtype}, but x has {x.dtype}; make them equal.")
     _checks.target("out", out, x.shape, [x])
-    _run(x, ratio, mode, out, backend)
+    _run(x, ratio, variant, out, backend)
 
 
-def _highpass_out_fake(x: Tensor, ratio: float, mode: str, out: Tensor, backend: str) -> None:
+def _highpass_out_fake(x: Tensor, ratio: float, variant: str, out: Tensor, backend: str) -> None:
     _matrices(x)
 
 
+# Not `mode`: torch's functionalisation passes the arguments of an op that writes by name, and has a `mode` of its own.
 _highpass_out_op = define(
-    "highpass_out(Tensor x, float ratio, str mode, Tensor(a!) out, str backend) -> ()",
+    "highpass_out(Tensor x, float ratio, str variant, Tensor(a!) out, str backend) -> ()",
     _highpass_out,
     _highpass_out_fake,
 )
