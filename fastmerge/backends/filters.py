@@ -206,7 +206,7 @@ class Costs:
 COSTS = {
     # Measured by bench/highpass.py with AVX-512 and MKL.
     "cpu": Costs(
-        copy=0.6, smooth=1.4, prime=0.17, worst=25.0, moved=3.4, turned=3.0, lined=9.5, folded=1.7, product=0.02
+        copy=0.6, smooth=1.4, prime=0.17, worst=25.0, moved=3.4, turned=3.0, lined=9.5, folded=2.2, product=0.02
     ),
     # From the data sheet of an H100: no GPU has measured them.
     "cuda": Costs(
