@@ -158,7 +158,7 @@ class HighpassPlan:
     columns. rank: vectors that lowrank projects on. dropped, columns: lines of the spectrum that rfft looks at no
     further, and that it transforms along the other axis. seconds: predicted, of one core of the machine that the model
     was measured on, for all matrices of the tensor. workspace: bytes beside the tensor and the result, kept tables
-    included.
+    included; a library's own buffers, some MB, apart.
     """
 
     height: int
@@ -258,7 +258,7 @@ def candidates(
         folded = 2 if height % 2 == 0 else 1
         nanoseconds = numel * (costs.folded + costs.product * rank * 2 / folded)
         nanoseconds += rank * width * (costs.transforms(width) + costs.copy)
-        blocks = 8 * 4 * width * min(height, block(width, device))
+        blocks = 12 * 4 * width * min(height, block(width, device))
         tables = 4 * rank * (height // folded + width // 2 + 1)
         workspace = blocks + tables + 4 * rank * width
         found.append(HighpassPlan(*settings, "lowrank", rank=rank, seconds=nanoseconds * 1e-9, workspace=workspace))
@@ -277,7 +277,7 @@ def _transformed(
     waiting = 8 * across * (size // 2 + 1 - known.partial)
     if known.axis == 1 and itemsize == 4 and waiting <= 4 * size * across:
         waiting = 0  # there is room in the result
-    blocks = 6 * 4 * size * min(across, max(64, block(size, device))) + 4 * 8 * BLOCK[device]
+    blocks = 8 * 4 * size * min(across, max(64, block(size, device))) + 4 * 8 * BLOCK[device]
     return HighpassPlan(
         *settings,
         "rfft",

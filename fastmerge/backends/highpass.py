@@ -129,21 +129,25 @@ def _bases(height: int, width: int, ratio: float, mode: str, device: str) -> lis
     have a parity: the lower half has the same values, or their negatives.
     """
     mask = Mask(height, width, ratio, mode)
-    changed = np.array(filters.lines(mask, 0).touched)
-    removed = 1 - mask.weights(changed, np.arange(width // 2 + 1))
-    parities = [changed % 2 == 0, changed % 2 == 1] if height % 2 == 0 else [changed >= 0]
-    places = np.arange(height // 2 if height % 2 == 0 else height)
+    places, columns = np.arange(height // 2 if height % 2 == 0 else height), np.arange(width // 2 + 1)
+    # The values of all cosines and sines of whole periods over the rows; the place in it is found in integers.
+    circle = np.arange(height) * (2 * np.pi / height)
+    cosines, sines = np.cos(circle), np.sin(circle)
     found = []
-    for chosen in parities:
-        frequencies = changed[chosen]
-        # cos and sin of 2 pi f j / H; the product is reduced modulo H while it is an integer.
-        angles = places[:, None] * frequencies[None] % height * (2 * np.pi / height)
-        paired = (frequencies != 0) & (2 * frequencies != height)
-        lengths = np.sqrt(np.where(paired, 2, 1) / height)
-        basis = np.concatenate([np.cos(angles) * lengths, (np.sin(angles) * lengths)[:, paired]], axis=1)
-        weights = np.concatenate([removed[chosen], removed[chosen][paired]])
-        found.append(tuple(torch.from_numpy(each.astype(np.float32)).to(device) for each in (basis, weights)))
-    return found  # type: ignore[return-value]
+    changed = filters.lines(mask, 0).touched
+    classes = [changed] if height % 2 else [[f for f in changed if f % 2 == odd] for odd in (0, 1)]
+    for frequencies in classes:
+        paired = {f for f in frequencies if f not in (0, height / 2)}
+        # Made row by row: whole tables in float64 would be several times as large as these.
+        basis = np.empty((len(frequencies) + len(paired), len(places)), np.float32)
+        weights = np.empty((len(basis), len(columns)), np.float32)
+        for row, (frequency, wave) in enumerate(
+            [*((f, cosines) for f in frequencies), *((f, sines) for f in sorted(paired))]
+        ):
+            basis[row] = wave[places * frequency % height] * np.sqrt((1 + (frequency in paired)) / height)
+            weights[row] = 1 - mask.weights(np.array([frequency]), columns)[0]
+        found.append((torch.from_numpy(basis).to(device).T, torch.from_numpy(weights).to(device)))
+    return found
 
 
 # -- rfft -------------------------------------------------------------------------------------------------------------
