@@ -141,9 +141,8 @@ def _bases(height: int, width: int, ratio: float, mode: str, device: str) -> lis
         # Made row by row: whole tables in float64 would be several times as large as these.
         basis = np.empty((len(frequencies) + len(paired), len(places)), np.float32)
         weights = np.empty((len(basis), len(columns)), np.float32)
-        for row, (frequency, wave) in enumerate(
-            [*((f, cosines) for f in frequencies), *((f, sines) for f in sorted(paired))]
-        ):
+        waves = [(f, cosines) for f in frequencies] + [(f, sines) for f in sorted(paired)]
+        for row, (frequency, wave) in enumerate(waves):
             basis[row] = wave[places * frequency % height] * np.sqrt((1 + (frequency in paired)) / height)
             weights[row] = 1 - mask.weights(np.array([frequency]), columns)[0]
         found.append((torch.from_numpy(basis).to(device).T, torch.from_numpy(weights).to(device)))

@@ -146,7 +146,11 @@ def run_all(models: list[Tensor], backend: str) -> list[Tensor]:
     op("pcb_apply_out")(base, others, *pcb_rule, [1.0, 0.5], merged_by_pcb, scale, backend)
     many = many_arguments(models, backend)
     op("consensus_apply_many_")(*many)
+    filtered = torch.empty_like(base)
+    op("highpass_out")(base, 0.5, "official", filtered, backend)
     return [
+        op("highpass")(base, 0.5, "ideal", backend),
+        filtered,
         *many[-2],
         window,
         highest,
