@@ -84,7 +84,7 @@ def _lowrank(x: Tensor, out: Tensor, plan: HighpassPlan) -> None:
     rows = height // len(classes)
     blocks = _blocks(rows, width, x.device)
     coefficients = [x.new_zeros((basis.shape[1], width), dtype=torch.float32) for basis, _ in classes]
-    room = [torch.empty(blocks[0][1], width, dtype=torch.float32, device=x.device) for _ in range(2)]
+    room = [torch.empty(blocks[0][1], width, dtype=torch.float32, device=x.device) for _ in classes]
     for start, stop in blocks:
         parts = [_widened(x[start + shift : stop + shift]) for shift in range(0, height - rows + 1, rows)]
         if len(classes) == 2:
