@@ -214,6 +214,35 @@ def methods(
 
 
 @app.command()
+def filters(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A model's directory, file, or org/name.")],
+    ratio: Annotated[
+        float | None, typer.Option(metavar="R", help="From 0 to 1 (default: 0.1 for ideal, 0.7 for official).")
+    ] = None,
+    mode: Annotated[str, typer.Option(metavar="ideal|official", help="The paper's filter, or its code's.")] = "ideal",
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Weights that this finds (default: attention and MLPs); may be repeated."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """List the weights that FR-Merging's filter takes, by which route, and for how long; only headers are read."""
+
+    def work() -> None:
+        with _without_garbage_collection():
+            from fastmerge import filtering
+
+        found = filtering.filtered(checkpoint, ratio, mode, include or ())
+        if as_json:
+            print(filtering.as_json(found))
+        else:
+            _print_table(list(filtering.table(found)))
+            print(filtering.summary(found))
+
+    return _guarded(work, as_json)
+
+
+@app.command()
 def env() -> int:
     """Print versions, instruction set, threads, GPUs, and which backends work where, or why they do not."""
     return _guarded(lambda: _print_table(_environment()), False)

@@ -13,6 +13,7 @@ import torch
 
 from .. import _cpu
 from ..errors import BackendError
+from .highpass import highpass as highpass  # by torch, whose transforms and products are as good as any of ours
 from .lists import Lists, for_whole_tensors
 from .rule import L1_LIMBS, TIE_BLOCK, ExpertPart, PcbRule, SparsifyRule, column_dtype, saved_layout
 from .threads import default_threads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..reference.consensus import consensus_apply
 from ..reference.expert import expert_apply_, expert_extract, expert_revert_
+from ..reference.highpass import highpass
 from ..reference.pcb import (
     pcb_apply,
     pcb_extremes,
@@ -33,6 +34,7 @@ __all__ = [
     "expert_extract",
     "expert_revert_",
     "hashed_mask",
+    "highpass",
     "kept_masks",
     "key_histogram",
     "key_window_",

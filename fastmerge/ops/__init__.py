@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..backends.filters import HighpassPlan
 from ..backends.rule import L1_LIMBS, TIE_BLOCK, ExpertPart, PcbRule, SparsifyRule
 from ._exact import l1_mass, l1_scale, tensor_id
 from ._score_keys import (
@@ -18,6 +19,7 @@ from ._score_keys import (
 )
 from .consensus import consensus_apply, consensus_merge, total_divisor, weight_sum
 from .expert import Expert, expert_apply_, expert_k, expert_rescale, expert_revert_, extract_expert
+from .highpass import highpass, highpass_plan
 from .many import PreparedMerge, consensus_merge_many, prepare_merge_many
 from .pcb import pcb_apply, pcb_extremes, pcb_histogram, pcb_scores, pcb_sums, pcb_window_
 from .pcb_rows import pcb_bounds, pcb_merge, pcb_rule
@@ -46,6 +48,7 @@ __all__ = [
     "TIE_BLOCK",
     "Expert",
     "ExpertPart",
+    "HighpassPlan",
     "PcbRule",
     "PreparedMerge",
     "SparsifyRule",
@@ -66,6 +69,8 @@ __all__ = [
     "extract_expert",
     "hashed_mask",
     "highest_bin",
+    "highpass",
+    "highpass_plan",
     "keep_ties",
     "key_histogram",
     "key_window_",

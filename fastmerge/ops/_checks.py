@@ -179,6 +179,14 @@ def positions(argument: str, value: Any, models: int) -> list[int]:
     return [integer(argument, position, 0, MAX_POSITION) for position in values]
 
 
+def matrices(argument: str, shape: Sequence[int]) -> None:
+    """The shape of one matrix or of several: [..., H, W]."""
+    if len(shape) < 2:
+        raise ArgumentError(
+            f"{argument} has {len(shape)} dimensions, but the filter is one of matrices; pass a tensor [..., H, W]."
+        )
+
+
 def out_dtype(value: Any) -> torch.dtype:
     """A dtype that a result can be returned in."""
     if value not in KERNEL_DTYPES and value != torch.float64:

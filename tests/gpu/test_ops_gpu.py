@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastmerge import ops
+from fastmerge.backends import filters
+from fastmerge.backends.highpass import filtered
 from fastmerge.errors import ArgumentError
 from tests.golden.test_pcb import case
 from tests.gpu import support
@@ -51,6 +53,10 @@ def test_every_registered_op_gives_the_references_bits(number: int, device: str)
     on_cpu, elsewhere = moved(arguments, "cpu"), moved(arguments, device)
     elsewhere = tuple(support.BACKEND if each == "reference" else each for each in elsewhere)
     expected, actual = op(name)(*on_cpu), op(name)(*elsewhere)
+    if name.startswith("highpass"):  # transforms are the libraries', and promise a tolerance
+        found, wanted = (actual, expected) if name == "highpass" else (elsewhere[3], on_cpu[3])
+        torch.testing.assert_close(found.cpu(), wanted, rtol=2.0**-8, atol=1e-5)
+        return
     same(actual, expected)
     same([x for x in elsewhere if isinstance(x, Tensor)], [x for x in on_cpu if isinstance(x, Tensor)])
 
@@ -69,6 +75,31 @@ def test_golden_cases_of_pcb(variant: str, device: str) -> None:
     expected = golden[f"{variant}.scale"]
     assert ((scale.cpu() - expected).abs() <= 1e-5 * expected.abs().max()).all()
     same((merged, scale), ops.pcb_merge(golden["task_vectors"], **arguments, backend="reference"))
+
+
+@each_device
+@pytest.mark.parametrize(
+    ("shape", "ratio", "mode"),
+    [
+        ((256, 300), 0.05, "ideal"),
+        ((300, 256), 0.4, "ideal"),
+        ((256, 700), 0.9, "official"),
+        ((75, 51), 0.6, "official"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_frequency_filter_is_within_its_tolerance_by_every_route(
+    shape: tuple[int, int], ratio: float, mode: str, dtype: torch.dtype, device: str
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = ops.highpass(x.float(), ratio, mode=mode, backend="reference")
+    rounding = 0.0 if dtype == torch.float32 else 2.0**-8
+    for plan in filters.candidates(*shape, ratio, mode, x.element_size(), torch.device(device).type):
+        out = torch.empty(shape, dtype=dtype, device=device)
+        filtered(x.to(device), out, plan)
+        torch.testing.assert_close(out.cpu().float(), exact, rtol=rounding, atol=1e-6 * float(x.abs().max()))
+    given = ops.highpass(x.to(device), ratio, mode=mode, backend=support.BACKEND)
+    torch.testing.assert_close(given.cpu().float(), exact, rtol=rounding, atol=1e-6 * float(x.abs().max()))
 
 
 @each_device

@@ -93,6 +93,20 @@ VALUES: list[tuple[Callable[[], Any], str]] = [
         lambda: apply(rule=SparsifyRule("della", density=[0.9] * 2, epsilon=[0.2] * 2, positions=[0, 1], row_length=3)),
         r"epsilon=0.2 is too large",
     ),
+    (lambda: ops.highpass(x[0], 0.5), r"x has 1 dimensions, but the filter is one of matrices; pass a tensor \[..., H"),
+    (lambda: ops.highpass(x, math.nan), r"ratio=nan is not finite"),
+    (lambda: ops.highpass(x, 1.5), r"ratio=1.5 is outside \[0, 1\]"),
+    (lambda: ops.highpass(x, -0.1), r"ratio=-0.1 is outside"),
+    (lambda: ops.highpass(x, 0.5, mode="offical"), r"mode='offical' is not known.*Did you mean 'official'"),
+    (lambda: ops.highpass(x, 0.5, out=torch.empty(3, 2)), r"out has shape \[3, 2\], but the result has \[2, 3\]"),
+    (lambda: ops.highpass(x, 0.5, out=x), r"out overlaps an input"),
+    (lambda: ops.highpass_plan((4,), 0.5), r"shape has 1 dimensions"),
+    (lambda: ops.highpass_plan((4, -1), 0.5), r"shape=-1 is out of range"),
+    (lambda: ops.highpass_plan((4, 4), 2), r"ratio=2.0 is outside"),
+    (lambda: ops.highpass_plan((4, 4), 0.5, dtype=torch.float64), r"dtype=torch.float64 is not known"),
+    (lambda: ops.highpass_plan((4, 4), 0.5, device="meta"), r"device='meta' has no kernels"),
+    (lambda: torch.ops.fastmerge.highpass(x, 0.5, "none", "auto"), r"mode='none' is not known"),
+    (lambda: torch.ops.fastmerge.highpass(x, 7.0, "ideal", "auto"), r"ratio=7.0 is outside"),
     (lambda: ops.l1_scale(torch.zeros(12, dtype=torch.int64)), r"limbs must be one model's int64\[2, 12\] row"),
 ]
 
@@ -116,6 +130,9 @@ TYPES: list[tuple[Callable[[], Any], str]] = [
     (lambda: merge(out_dtype=torch.int8), r"out_dtype=torch.int8 is not supported"),
     (lambda: ops.tie_counts(None, [x], bounds.int()), r"bounds has dtype torch.int32; it must be torch.int64"),
     (lambda: ops.zero_nonfinite_(x.double()), r"x has dtype float64, which is not changed in place"),
+    (lambda: ops.highpass(x.int(), 0.5), r"x has dtype int32.*convert it with \.float\(\)"),
+    (lambda: ops.highpass(x, "half"), r"ratio must be a number, not str"),  # type: ignore[arg-type]
+    (lambda: ops.highpass(x, 0.5, out=x.bfloat16()), r"out has dtype torch.bfloat16, but x has torch.float32"),
     (lambda: ops.tensor_id(3), r"name must be a string, not int"),  # type: ignore[arg-type]
     (lambda: torch.ops.fastmerge.count_nonfinite(x.double()), r"x has dtype float64; round it to float32 first"),
 ]

@@ -88,6 +88,8 @@ def samples(seed: int, rows: int, backend: str) -> list[tuple[str, tuple[Any, ..
         ("expert_extract", (base, others[0], 3, torch.bfloat16, backend)),
         ("expert_apply_", (*expert_arguments(models, backend), backend)),
         ("expert_revert_", worn(models, backend)),
+        ("highpass", (base, 0.5, "ideal", backend)),
+        ("highpass_out", (base, 0.5, "official", torch.empty_like(base), backend)),
     ]
 
 
@@ -127,7 +129,7 @@ def pcb_targets(models: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @each_working_backend
-@pytest.mark.parametrize("number", range(29))
+@pytest.mark.parametrize("number", range(31))
 def test_opcheck(number: int, backend: str) -> None:
     name, arguments = samples(0, 5, backend)[number]
     torch.library.opcheck(op(name), arguments)
@@ -163,7 +165,11 @@ def run_all(models: list[Tensor], backend: str) -> list[Tensor]:
     expert = expert_arguments(models, backend)
     saved = op("expert_apply_")(*expert, backend)
     put_on = [x.clone() for x in expert[0]]
+    filtered = torch.empty_like(base)
+    op("highpass_out")(base, 0.5, "official", filtered, backend)
     return [
+        op("highpass")(base, 0.5, "ideal", backend),
+        filtered,
         *put_on,
         saved,
         op("expert_revert_")(*expert, saved, backend),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..experts_in_torch import expert_apply_, expert_extract, expert_revert_
+from ..highpass import highpass
 from ..rule import TIE_BLOCK
 from .consensus import consensus_apply, consensus_apply_many
 from .launch import EMULATED, compiled
@@ -47,6 +48,7 @@ __all__ = [
     "expert_extract",
     "expert_revert_",
     "hashed_mask",
+    "highpass",
     "kept_masks",
     "key_histogram",
     "key_window_",

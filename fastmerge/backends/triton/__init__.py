@@ -12,6 +12,7 @@ import torch
 import triton
 
 from ..experts_in_torch import expert_apply_, expert_extract, expert_revert_
+from ..highpass import highpass
 from .consensus import consensus_apply, consensus_apply_many
 from .launch import INTERPRETED
 from .pcb import (
@@ -48,6 +49,7 @@ __all__ = [
     "expert_extract",
     "expert_revert_",
     "hashed_mask",
+    "highpass",
     "kept_masks",
     "key_histogram",
     "key_window_",
