@@ -12,13 +12,8 @@ from typing import Any
 from . import ops
 from .engine.checkpoint import open_checkpoint
 from .errors import ArgumentError
+from .methods.fr import INCLUDE, RATIOS
 from .sizes import format_size
-
-RATIOS = {"ideal": 0.1, "official": 0.7}
-"""The ratio of each mode where none is given."""
-
-INCLUDE = (r"(?i)(attn|attention|mlp|feed_forward|ffn|expert|DenseReluDense|intermediate|output\.dense)(?!.*bias)",)
-"""What is filtered where nothing is named: weights of attention and MLPs, of which FR-Merging is about."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ def filtered(checkpoint: str, ratio: float | None, mode: str, include: Sequence[
 
     Errors: CheckpointError, ArgumentError for a pattern that is none, and where nothing is found.
     """
-    finders = [_pattern(each) for each in include or INCLUDE]
+    finders = [_pattern(each) for each in include or [INCLUDE]]
     if mode not in RATIOS:
         raise ArgumentError(f"--mode must be {' or '.join(RATIOS)}, not {mode!r}.")
     with open_checkpoint(checkpoint) as opened:

@@ -113,6 +113,14 @@ class Plan:
         staging = 0 if self.gpu is None else self.gpu.staging_bytes
         return self.in_bytes + self.out_bytes + staging + 2 * READ_BYTES
 
+    @property
+    def workspace(self) -> int:
+        """Bytes of the host's memory that the method takes beside these buffers, at most."""
+        if self.device != "cpu":
+            return 0
+        there = [(job, job.context) for job in self.jobs if job.context is not None and job.numel]
+        return max((self.method.workspace(context, job.cuts[1]) for job, context in there), default=0)
+
     def staged(self, load: Load) -> bool:
         """Whether this load is brought to a GPU. Samples, and tensors that are only copied, stay on the host."""
         return self.gpu is not None and load.job.context is not None and not load.sample
@@ -174,6 +182,7 @@ class Plan:
             "bytes_written": self.bytes_written,
             "memory_budget": self.budget,
             "peak_buffers": self.peak_memory,
+            "workspace": self.workspace,
             "device": self.device,
             "gpu_budget": self.gpu_budget,
             "gpu_buffers": None if self.gpu is None else self.gpu.peak_memory,
@@ -187,6 +196,7 @@ class Plan:
         """The plan as a person reads it."""
         said = self.describe()
         swept = said["swept_tensors"]
+        beside = f"{format_size(self.workspace, binary=True)} for the largest tensor, " if self.workspace else ""
         passes = str(self.model_passes + 1)
         if self.model_passes:
             passes += ", all but the last for statistics of the whole model"
@@ -200,7 +210,7 @@ class Plan:
             f"to read        {format_size(self.bytes_read)}",
             f"to write       {format_size(self.bytes_written)} in {said['shards']} shard(s)",
             f"memory         {format_size(self.peak_memory, binary=True)} of buffers within a budget of "
-            f"{format_size(self.budget, binary=True)}, and some 300 MiB for Python and torch",
+            f"{format_size(self.budget, binary=True)}, {beside}and some 300 MiB for Python and torch",
             *self._gpu_lines(),
             f"disk           {format_size(self.bytes_written)} needed"
             + ("" if self.disk_free is None else f", {format_size(self.disk_free)} free"),

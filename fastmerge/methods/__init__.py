@@ -11,6 +11,7 @@ from fastmerge.methods.base import Method
 from fastmerge.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from fastmerge.methods.dare import DareLinear, DareTies
 from fastmerge.methods.della import Della, DellaLinear
+from fastmerge.methods.fr import Fr
 from fastmerge.methods.linear import Linear
 from fastmerge.methods.parameters import (
     ELSEWHERE,
@@ -40,6 +41,7 @@ _METHODS: dict[str, type[Method]] = {
         Della,
         DellaLinear,
         Pcb,
+        Fr,
     )
 }
 

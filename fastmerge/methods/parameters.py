@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -78,6 +79,8 @@ class Parameter:
         """The values it takes, in words."""
         if self.kind is bool:
             return "true or false"
+        if self.kind is str and not self.choices:
+            return "a regular expression"
         if self.choices:
             return " or ".join(self.choices) if len(self.choices) == 2 else "one of " + ", ".join(self.choices)
         if self.minimum is not None and self.maximum is not None:
@@ -106,15 +109,18 @@ def parameters_of(model: type[Parameters]) -> dict[str, Parameter]:
         is_per_model = get_origin(annotation) is tuple
         if is_per_model:
             annotation = get_args(annotation)[0]
-            if get_origin(annotation) is Annotated:
-                annotation, *extras = get_args(annotation)
-                limits = [limit for extra in extras for limit in getattr(extra, "metadata", [extra])]
+        if get_origin(annotation) in (Union, UnionType):
+            # None stands for a default that depends on other parameters.
+            annotation = next(one for one in get_args(annotation) if one is not NoneType)
+        if get_origin(annotation) is Annotated:
+            annotation, *extras = get_args(annotation)
+            limits += [limit for extra in extras for limit in getattr(extra, "metadata", [extra])]
         choices = get_args(annotation) if get_origin(annotation) is Literal else ()
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         found[name] = Parameter(
             name=name,
             python_name=python_name,
-            kind=bool if annotation is bool else str if choices else float,
+            kind=bool if annotation is bool else str if choices or annotation is str else float,
             per_model=is_per_model,
             default=extra.get("default_each", REQUIRED) if is_per_model else field.default,
             minimum=next((limit.ge for limit in limits if getattr(limit, "ge", None) is not None), None),
@@ -145,6 +151,8 @@ def bind(
     for name, parameter in parameters_of(model).items():
         if not parameter.per_model:
             given = shared_values.get(name)
+            if given is None and parameter.default is None:
+                continue
             values[name] = _checked(parameter, parameter.default if given is None else given, tensor, None)
             continue
         each = []
@@ -180,6 +188,10 @@ def _checked(parameter: Parameter, value: Any, tensor: str, label: str | None) -
             return value
         near = difflib.get_close_matches(str(value), parameter.choices, n=1)
         raise ParameterError(f"{refusal}{f' Did you mean {near[0]}?' if near else ''}", parameter.name, label)
+    if parameter.kind is str:
+        if isinstance(value, str):
+            return value
+        raise refusal
     if parameter.kind is bool:
         if isinstance(value, bool):
             return value

@@ -22,8 +22,8 @@ CONSENSUS = {"ties", "dare_ties", "breadcrumbs_ties", "della"}
 NORMALIZED = {"linear", "ties", "della"}
 RESCALED = {"dare_linear", "dare_ties", "della", "della_linear"}
 
-FORMULA = [name for name in fastmerge.methods.names() if name != "pcb"]
-"""Those of the one formula. pcb has its own, in tests/ops/test_pcb.py."""
+FORMULA = [name for name in fastmerge.methods.names() if name not in ("pcb", "fr")]
+"""Those of the one formula. pcb has its own, in tests/ops/test_pcb.py, and so has fr, in test_fr.py."""
 
 Mask = Callable[[Tensor, int], Tensor]
 

@@ -10,6 +10,7 @@ import pytest
 import fastmerge
 from fastmerge import methods
 from fastmerge.errors import ArgumentError
+from fastmerge.methods.fr import INCLUDE
 from tests.engine.small_family import family
 
 BASE, TUNED = family(2)
@@ -26,6 +27,15 @@ DEFAULTS = {
     "della": {"normalize": True, "rescale": True, "epsilon": 0.15},
     "della_linear": {"normalize": False, "rescale": True, "epsilon": 0.15},
     "pcb": {"variant": "vision_es", "scope": "model", "density": 0.1, "lambda": 1.0},
+    "fr": {
+        "ratio": None,
+        "mode": "ideal",
+        "combine": "sum",
+        "align": False,
+        "include": INCLUDE,
+        "exclude": "",
+        "lambda": 1.0,
+    },
 }
 
 
@@ -38,13 +48,14 @@ def test_a_description_says_everything_and_is_json(name: str) -> None:
     said = json.loads(json.dumps(methods.describe(name)))
     assert said["name"] == name and said["title"] and said["source"].startswith("https://") and said["passes"]
     by_name = {parameter["name"]: parameter for parameter in said["parameters"]}
-    assert by_name["weight"]["required"] == (name != "pcb") and by_name["weight"]["per_model"]
+    assert by_name["weight"]["required"] == (name not in ("pcb", "fr")) and by_name["weight"]["per_model"]
     assert all(parameter["help"] and parameter["range"] for parameter in said["parameters"])
     expected: dict[str, Any] = dict(DEFAULTS[name])
-    if name not in ("linear", "pcb"):
+    if name not in ("linear", "pcb", "fr"):
         expected |= {"density": 1.0, "lambda": 1.0, "int8_mask": False}
     if name != "linear":
         assert by_name["lambda"]["python_name"] == "lambda_"
+    if name not in ("linear", "fr"):
         assert by_name["density"]["range"] == "from 0 to 1"
     assert {key: by_name[key]["default"] for key in by_name if key != "weight"} == expected
     assert said["needs_base"] == (name != "linear")
