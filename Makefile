@@ -44,7 +44,7 @@ checks: $(VENV)/.dev $(VENV)/.built  ## what the repository promises about layer
 	$(BIN)/python -m checks
 
 suite: $(VENV)/.dev $(VENV)/.built  ## the test suite (ARGS="-m 'not slow'" and the like are passed on)
-	$(BIN)/python -m pytest -q -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 build: $(VENV)/.built  ## the environment, with the package and its compiled kernels
 

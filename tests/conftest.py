@@ -32,6 +32,12 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that hold slow tests come first: beside them, the many quick ones keep the other workers busy."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="module")
 def poisoned_memory() -> Iterator[None]:
     """torch.empty returns NaN or the largest integer everywhere: an element that nobody wrote fails the test."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import glob
 import json
+import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastmerge.engine.files import NOT_WEIGHTS, PICKLE_INDEX, SAFETENSORS_INDEX, check_all_shards, entries, matches
@@ -44,7 +47,8 @@ def locate_on_hub(ref: str, revision: str | None = None) -> tuple[Path, str | No
     if cached is not None and _has_weights(cached) and _has_small_files(cached):
         return cached, _commit(cached)
     try:
-        names = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
+        with _without_warnings():
+            names = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
         wanted = [glob.escape(name) for name in select_hub_files(names)]
         directory = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except Exception as error:  # every way in which a network can fail, from three libraries
@@ -58,6 +62,18 @@ def locate_on_hub(ref: str, revision: str | None = None) -> tuple[Path, str | No
             f"hub did not give it ({reason}); check the name, the connection and, for a gated model, HF_TOKEN."
         ) from error
     return directory, _commit(directory)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """The library tells of each of its retries; a name that is none, or no network, needs one sentence."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def select_hub_files(names: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ class FakeHub:
         self.failure: Exception | None = None
         self.asked: list[tuple[str, str | None]] = []
         self.downloads = 0
+        self.level = logging.NOTSET
 
     def list_repo_files(self, repo_id: str, *, revision: str | None = None) -> list[str]:
         self.asked.append((repo_id, revision))
+        self.level = logging.getLogger("huggingface_hub.utils").getEffectiveLevel()
         if self.failure is not None:
             raise self.failure
         return [path.relative_to(self.remote).as_posix() for path in self.remote.rglob("*") if path.is_file()]
@@ -171,3 +174,12 @@ def test_one_copy_of_the_weights_and_the_small_files_are_selected() -> None:
     assert select_hub_files([*names, *shards, "consolidated.safetensors"]) == sorted(small + shards)
     assert select_hub_files([*names, "weights.safetensors"]) == sorted([*small, "weights.safetensors"])
     assert select_hub_files(names) == sorted([*small, "pytorch_model.bin"])
+
+
+def test_retries_are_not_told_one_by_one(hub: FakeHub) -> None:
+    hub.failure = ConnectionError("no network")
+    before = logging.getLogger("huggingface_hub").level
+    with pytest.raises(CheckpointError, match="no network"):
+        open_checkpoint("org/model")
+    assert hub.level == logging.ERROR
+    assert logging.getLogger("huggingface_hub").level == before
