@@ -38,7 +38,7 @@ class FrParameters(Parameters):
     combine: Literal["sum", "consensus"] = shared("sum", "add all up, or what agrees with the elected sign")
     align: bool = shared(False, "give the deltas of a tensor one mean magnitude, the largest of them")
     include: str = shared(INCLUDE, "which matrices are filtered: a regular expression that their names hold")
-    exclude: str = shared("", "which of them are not, all the same")
+    exclude_: str = shared("", "which of them are not, all the same", alias="exclude")
     lambda_: Finite = shared(1.0, "scales the merged delta before it is put on the base", alias="lambda")
 
 
@@ -60,13 +60,12 @@ class Fr(Method):
         """Patterns must be regular expressions, and there is no peer whose rounding could be followed."""
         if context.numerics == "mergekit":
             raise ParameterError("fr goes with numerics fp32 only: mergekit has no such method.", "merge_method")
-        for name in ("include", "exclude"):
+        parameters = self._parameters(context)
+        for name, pattern in (("include", parameters.include), ("exclude", parameters.exclude_)):
             try:
-                _finder(getattr(context.parameters, name))
+                _finder(pattern)
             except re.error as error:
-                raise ParameterError(
-                    f"{name} = {getattr(context.parameters, name)!r} is not a regular expression: {error}.", name
-                ) from None
+                raise ParameterError(f"{name} = {pattern!r} is not a regular expression: {error}.", name) from None
 
     # -- which tensors, and by what
 
@@ -171,7 +170,7 @@ def filters(name: str, parameters: Any) -> bool:
     """Whether a matrix of this name is one of those that are filtered."""
     if not _finder(parameters.include).search(name):
         return False
-    return not parameters.exclude or not _finder(parameters.exclude).search(name)
+    return not parameters.exclude_ or not _finder(parameters.exclude_).search(name)
 
 
 def ratio_of(parameters: Any) -> float:

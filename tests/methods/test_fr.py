@@ -121,7 +121,7 @@ def test_a_frozen_tensor_is_left_alone_by_align() -> None:
     ("patterns", "taken"),
     [
         ({"include": "embed"}, ["model.embed_tokens.weight"]),
-        ({"exclude": "mlp"}, ["model.layers.0.self_attn.q_proj.weight"]),
+        ({"exclude_": "mlp"}, ["model.layers.0.self_attn.q_proj.weight"]),
         ({"include": "norm|experts"}, []),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_matrix_that_does_not_fit_is_refused_before_anything_is_read(tmp_path:
         ({"ratio": "much"}, "ratio = 'much'"),
         ({"mode": "idael"}, "Did you mean ideal?"),
         ({"include": "(mlp"}, "include = '(mlp' is not a regular expression"),
-        ({"exclude": 3}, "exclude is a regular expression"),
+        ({"exclude_": 3}, "exclude is a regular expression"),
         ({"density": 0.5}, "fr has no parameter density"),
         ({"numerics": "mergekit"}, "mergekit has no such method"),
     ],
