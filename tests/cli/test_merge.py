@@ -272,6 +272,8 @@ def test_a_signal_ends_the_merge_with_one_line_and_leaves_nothing(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Not ignored, as it is by all that a shell runs in the background.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     # The merge is under way when its temporary directory holds the shard that it cannot get done.

@@ -88,7 +88,7 @@ def test_the_buffers_stay_within_the_budget_and_two_loads_fit(tmp_path: Path, me
     from fastmerge.sizes import parse_size
 
     base, tuned = family(3, shapes={"a": (700, 500), "b": (9,), "c": (50, 10), "d": (1000, 1500)})
-    plan = plan_of(tmp_path, method, base, tuned, parameters={} if method == "linear" else {"density": 0.5},
+    plan = plan_of(tmp_path, method, base, tuned, parameters={} if method in ("linear", "fr") else {"density": 0.5},
                    memory_budget=budget)  # fmt: skip
     assert plan.in_bytes + plan.out_bytes <= parse_size(budget)
     loads = [load.nbytes for load in plan.loads()]
