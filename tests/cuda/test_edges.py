@@ -17,8 +17,16 @@ from tests.cuda.edges import Edge
 from tests.numeric import assert_bitwise_equal, poison_
 from tests.strategies import DTYPES
 
-launch = pytest.importorskip("fastmerge.backends.cuda.launch", exc_type=ImportError)
-pcb = pytest.importorskip("fastmerge.backends.cuda.pcb", exc_type=ImportError)
+launch = pytest.importorskip(
+    "fastmerge.backends.cuda.launch",
+    reason="no cuda backend here; tests/ops holds the others to the same",
+    exc_type=ImportError,
+)
+pcb = pytest.importorskip(
+    "fastmerge.backends.cuda.pcb",
+    reason="no cuda backend here; tests/ops holds the others to the same",
+    exc_type=ImportError,
+)
 
 pytestmark = pytest.mark.skipif(not launch.EMULATED, reason="compute-sanitizer looks for it on a GPU")
 

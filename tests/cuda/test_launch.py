@@ -10,7 +10,11 @@ import torch
 
 from fastmerge import backends
 
-launch = pytest.importorskip("fastmerge.backends.cuda.launch", exc_type=ImportError)
+launch = pytest.importorskip(
+    "fastmerge.backends.cuda.launch",
+    reason="no cuda backend here; tests/ops holds the others to the same",
+    exc_type=ImportError,
+)
 
 pytestmark = pytest.mark.skipif(not launch.EMULATED, reason="tests/gpu has the tests that run on a GPU")
 

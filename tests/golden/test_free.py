@@ -28,7 +28,7 @@ def case(number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     name = f"free_{number}.safetensors"
     folder = HERE if (HERE / name).exists() else SHARED
     if not (folder / name).exists():
-        pytest.skip(f"{name} is not in the repository, and there is no {SHARED}")
+        pytest.skip(f"{name} is not among those in the repository (one, always run), and there is no {SHARED}")
     index = json.loads((folder / "index.json").read_text())
     return next(entry for entry in index["free"] if entry["file"] == name), load_file(folder / name)
 
