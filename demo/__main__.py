@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 HERE = Path(__file__).resolve().parent
-MERGES = ("linear", "task_arithmetic", "ties", "dare_ties", "pcb", "pcb_paper")
+MERGES = ("linear", "task_arithmetic", "ties", "dare_ties", "pcb", "pcb_paper", "fr")
+SCORED = 60_000
+"""Bytes of each domain's held-out text that are scored, at most."""
 
 
 def main() -> int:
@@ -24,7 +27,7 @@ def main() -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from demo import family, text, verdict
+    from demo import family, free, text, verdict
     from demo.score import bits_per_byte
 
     started = time.perf_counter()
@@ -40,23 +43,29 @@ def main() -> int:
     for name in MERGES:
         merge(HERE / f"{name}.yml", merged / name)
 
-    def score(folder: Path) -> dict[str, float]:
+    def score(logits: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        return {domain: bits_per_byte(logits, splits[domain].held_out[:SCORED]) for domain in text.DOMAINS}
+
+    def score_model(folder: Path) -> dict[str, float]:
         model = family.load(folder).eval()
-        return {
-            domain: bits_per_byte(lambda codes: model(input_ids=codes).logits, splits[domain].held_out)
-            for domain in text.DOMAINS
-        }
+        return score(lambda codes: model(input_ids=codes).logits)
+
+    def score_free() -> dict[str, float]:
+        return score(free.expected_bytes(HERE / "models", merged / "fr", splits))
 
     # A model to each core: its matrices are too small for two cores to share one well.
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
     with ThreadPoolExecutor(cores) as pool:
-        scored = {name: pool.submit(score, HERE / "models" / name) for name in (verdict.BASE, *text.DOMAINS)}
-        also = {name: pool.submit(score, merged / name) for name in MERGES}
+        # The longest comes first.
+        routed = pool.submit(score_free)
+        scored = {name: pool.submit(score_model, HERE / "models" / name) for name in (verdict.BASE, *text.DOMAINS)}
+        also = {name: pool.submit(score_model, merged / name) for name in MERGES}
         models = {name: future.result() for name, future in scored.items()}
         merges = {name: future.result() for name, future in also.items()}
+        with_experts = {**merges, "free (fr + experts)": routed.result()}
 
-    header, *rows = verdict.table(models, merges)
+    header, *rows = verdict.table(models, with_experts)
     grid = Table(*header[:1], title="Bits per byte of held-out text, and the change from the base (lower is better)")
     for column in header[1:]:
         grid.add_column(column, justify="right")
@@ -65,7 +74,7 @@ def main() -> int:
     # Wide enough for every column where the output is no terminal.
     Console(width=None if sys.stdout.isatty() else 100).print(grid)
 
-    failures = verdict.failures(models, merges)
+    failures = verdict.failures(models, with_experts)
     for sentence in failures:
         print(f"demo failed: {sentence}", file=sys.stderr)
     if not failures:
