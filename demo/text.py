@@ -99,6 +99,15 @@ def digest(splits: Mapping[str, Split]) -> str:
     return whole.hexdigest()
 
 
+def sample(text: bytes, size: int, *, piece: int = 4000) -> bytes:
+    """About ``size`` bytes of a text, in pieces spread evenly over it; the text itself if it is no longer than that."""
+    if len(text) <= size:
+        return text
+    count = max(1, size // piece)
+    starts = (index * (len(text) - piece) // max(1, count - 1) for index in range(count))
+    return b"".join(text[start : start + piece] for start in starts)
+
+
 def _choose(documents: Mapping[str, bytes], limit: int) -> list[bytes]:
     chosen, seen, room = [], set[bytes](), limit
     for name in sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest()):

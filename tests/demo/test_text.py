@@ -1,5 +1,7 @@
 """The split of the demo's texts: nothing that is scored was learned."""
 
+import itertools
+
 import pytest
 
 from demo import text
@@ -84,3 +86,16 @@ def test_the_digest_tells_texts_apart(domains):
     assert text.digest(first) == text.digest(text.split(domains))
     domains["c"]["c/1"] += b"\n\none more paragraph in the last place"
     assert text.digest(text.split(domains)) != text.digest(first)
+
+
+@pytest.mark.parametrize("size", [1, 4000, 8000, 60_000, 99_999, 100_000, 200_000])
+def test_a_sample_is_spread_over_the_text_and_shares_no_byte_twice(size):
+    whole = b"".join(number.to_bytes(4, "big") for number in range(25_000))
+    found = text.sample(whole, size)
+    if size >= len(whole):
+        assert found == whole
+        return
+    assert len(found) == max(4000, size // 4000 * 4000)
+    starts = [whole.index(found[place : place + 4000]) for place in range(0, len(found), 4000)]
+    assert starts[0] == 0 and (len(starts) == 1 or starts[-1] == len(whole) - 4000)
+    assert all(later - earlier >= 4000 for earlier, later in itertools.pairwise(starts))
