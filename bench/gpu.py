@@ -10,7 +10,7 @@ warm-up, with more written between two runs than the L2 holds; inputs are random
 pass; how many passes an op takes is in its row. Every result is held against the compiled CPU backend on the same
 inputs, bit for bit, at full size; a row whose check is red reports no speed. A bar that is missed is said, not failed.
 
-Parts are in gpu_ops.py, gpu_pcb.py and gpu_models.py; gpu_rows.py is how a row is made.
+Parts are in gpu_ops.py, gpu_pcb.py, gpu_free.py and gpu_models.py; gpu_rows.py is how a row is made.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_free import experts, highpass
 from gpu_models import llama, whole
 from gpu_ops import consensus, hard, histogram, kth, many, masks
 from gpu_pcb import pcb
@@ -38,6 +39,8 @@ PARTS = {
     "kth": kth,
     "many": many,
     "pcb": pcb,
+    "highpass": highpass,
+    "experts": experts,
     "llama": llama,
     "whole": whole,
     "hard": hard,
@@ -62,6 +65,14 @@ def render(row: Row) -> str:
         text += f"; {alone['times']:.2f} x one tensor by the GPU's time, {alone['whole_times']:.2f} x with the host's"
         text += f" (<= {alone['most']}: {met}); host {row['host_seconds'] * 1e3:.3f} ms"
         text += f", not prepared {row['plain']['host_seconds'] * 1e3:.1f} ms and {row['plain']['whole_times']:.1f} x"
+    if isinstance(other := row.get("transforms"), dict):
+        text += f"; {other['times']:.2f} x rfft2 and irfft2"
+        if other["bar_met"] is not None:
+            text += f" (<= {other['most']}: {'ok' if other['bar_met'] else 'MISSED'})"
+    if isinstance(within := row.get("within"), dict):
+        text += f"; host {row['host_seconds'] * 1e3:.3f} ms, off again {row['revert_seconds'] * 1e3:.3f} ms"
+        if within["bar_met"] is not None:
+            text += f" (<= {within['most'] * 1e3:g} ms: {'ok' if within['bar_met'] else 'MISSED'})"
     if row.get("extra_memory") is not None:
         met = "ok" if row["extra_memory_bar_met"] else "MISSED"
         text += f"; extra memory {row['extra_memory']:.3f} (<= {row['extra_memory_bar']}: {met})"

@@ -35,6 +35,8 @@ FUNCTIONS = {
     "consensus_merge": ("magnitude_bounds",),
     "consensus_merge_many": ("magnitude_bounds_many", "consensus_apply_many"),
     "pcb_merge": ("pcb_apply", "pcb_scores", "pcb_score_bounds", "pcb_window_", "pcb_histogram"),
+    "highpass": ("highpass",),
+    "expert_apply_": ("expert_apply_", "expert_revert_"),
 }
 """Functions of a backend whose speed a benchmark tells, where the others are not compared alone."""
 
@@ -110,6 +112,10 @@ def _cell(row: Report | None) -> str:
     if isinstance(alone := row.get("one_tensor"), dict):
         text += f"; {alone['times']:.2f} x one tensor, {alone['whole_times']:.2f} x with the host's part"
         text += f", {row['plain']['whole_times']:.1f} x not prepared"
+    if isinstance(other := row.get("transforms"), dict):
+        text += f"; {other['times']:.2f} x rfft2 and irfft2"
+    if isinstance(row.get("within"), dict):
+        text += f"; {row['seconds'] * 1e3:.2f} ms"
     return text
 
 

@@ -72,6 +72,10 @@ def test_every_part_runs_through_without_a_gpu(tmp_path: Path) -> None:
     competing = [row for row in made["rows"] if row["benchmark"] == "pcb_merge"]
     assert len(competing) == 2 and all(row["eager"]["bar"] == 20.0 and "extra_memory" in row for row in competing)
     assert {bars[key] for key in bars if key[0] in ("merge", "merge_checkpoints")} == {0.8}
+    filters = [row for row in made["rows"] if row["benchmark"] == "highpass"]
+    assert any(row["bar"] == 0.6 for row in filters) and any("transforms" in row for row in filters)
+    (worn,) = (row for row in made["rows"] if row["benchmark"] == "expert_apply_")
+    assert worn["within"]["most"] == 0.01 and worn["revert_seconds"] > 0
     assert list(tmp_path.iterdir()) == [tmp_path / "figures.json"]
 
 
