@@ -200,7 +200,7 @@ MUTATIONS = [
     ),
     *in_file(
         "csrc/cuda/kept.h",
-        cuda("consensus", "consensus_apply", "kept_masks"),
+        cuda("consensus", "consensus_apply", "kept_masks", "a_word_equal_to_the_limit_is_dropped"),
         (
             "past a cut equals are past the bound",
             "kept.after[b] = bits_below(ties > 0 ? key + 1 : key);",

@@ -81,9 +81,9 @@ FM_INLINE float scaled(float x, float low, float width) {
     return width == 0.0f ? 0.0f : quotient(x - low, width == 0.0f ? 1.0f : width);
 }
 
-// How a row is clipped, and the square of what a delta of zero becomes.
+// How a row is clipped.
 struct alignas(16) Edge {
-    float low, high, width, square_of_zero;
+    float low, high, width;
 };
 
 FM_INLINE float clipped(float delta, const Edge& edge) {
@@ -94,10 +94,7 @@ FM_DEVICE void make_edges(const PcbArgs& args, int threads, Edge* edges) {
     if (args.variant == kPcbPaper) return;
     for (int32_t i = thread(); i < args.models.count; i += threads) {
         Norm norm = norm_of(args.clip[2 * i], args.clip[2 * i + 1]);
-        Edge edge = {norm.low, args.clip[2 * i + 1], norm.width, 0.0f};
-        float z = scaled(clipped(0.0f, edge), edge.low, edge.width);
-        edge.square_of_zero = z * z;
-        edges[i] = edge;
+        edges[i] = {norm.low, args.clip[2 * i + 1], norm.width};
     }
 }
 
@@ -173,8 +170,9 @@ FM_DEVICE void released_scores(const PcbArgs& args, const Edge* edges, const Col
                 float z = scaled(magnitude, edge.low, edge.width);
                 square = z * z;
             } else {
-                // The square of +-z, which is that of z, without another division.
-                square = delta.v[e] == 0.0f ? edge.square_of_zero : u.v[e] * u.v[e];
+                // The square of +-z, which is that of z, without another division. Where the delta is 0, u is 0 and z may be
+                // another number, but inter is 0 and makes the score 0; and where z is NaN, so is u.
+                square = u.v[e] * u.v[e];
             }
             score.v[e] = strength(square, models, shift) * inter.v[e] + 0.0f;
             value.v[e] = direction(delta.v[e]) * magnitude;

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fastmerge import ops
 from fastmerge.backends.rule import SparsifyRule
+from fastmerge.reference import random
 from tests import strategies
 from tests.numeric import assert_bitwise_equal, poison_
 from tests.ops.running import configurations, each_backend, only
@@ -222,6 +223,20 @@ def test_zero_nonfinite(backend: str, data: st.DataObject) -> None:
     with only(backend, "zero_nonfinite_"):
         assert ops.zero_nonfinite_(x, backend=backend) is x
     assert_bitwise_equal(x.contiguous(), expected)
+
+
+@each_backend
+def test_a_word_equal_to_the_limit_is_dropped(backend: str) -> None:
+    """Drawn densities never meet a word: here they are made from the words themselves."""
+    stream = random.stream_id(random.BERNOULLI)
+    words = random.words(0, 12, seed=3, tensor_id=4, stream=stream)
+    x = torch.ones(12)
+    for place, word in enumerate(words.tolist()):
+        with only(backend, "consensus_apply"):
+            at_it = ops.sparsify(x, word / 2**32, method="bernoulli", seed=3, tensor_id=4, backend=backend)
+            past_it = ops.sparsify(x, (word + 1) / 2**32, method="bernoulli", seed=3, tensor_id=4, backend=backend)
+        assert_bitwise_equal(at_it != 0, words < word)
+        assert at_it[place] == 0 and past_it[place] != 0
 
 
 sparsify_methods = st.sampled_from(("magnitude", "magnitude_outliers", "bernoulli", "della_magprune"))

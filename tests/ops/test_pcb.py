@@ -69,6 +69,19 @@ def test_pcb_scores(backend: str, data: st.DataObject) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("variant", VARIANTS[:-1])
+@pytest.mark.parametrize("bounds", [(math.inf, math.inf), (0.0, math.inf), (math.nan, 1.0), (0.5, 0.5)])
+def test_scores_of_zeros_between_bounds_that_are_no_numbers(
+    backend: str, variant: str, bounds: tuple[float, float]
+) -> None:
+    rows = [torch.tensor([0.0, -0.0, 1.0, math.inf]), torch.tensor([0.0, 2.0, -0.0, 1.0])]
+    rule = PcbRule(variant, clip=torch.tensor([bounds, (0.0, 1.0)]))  # type: ignore[arg-type]
+    expected = ops.pcb_scores(None, rows, rule, backend="reference")
+    with only(backend, "pcb_scores"):
+        assert_bitwise_equal(ops.pcb_scores(None, rows, rule, backend=backend), expected)
+
+
+@each_backend
 @given(data=st.data())
 def test_pcb_window(backend: str, data: st.DataObject) -> None:
     data.draw(configurations(backend))
