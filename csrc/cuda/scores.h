@@ -170,8 +170,8 @@ FM_DEVICE void released_scores(const PcbArgs& args, const Edge* edges, const Col
                 float z = scaled(magnitude, edge.low, edge.width);
                 square = z * z;
             } else {
-                // The square of +-z, which is that of z, without another division. Where the delta is 0, u is 0 and z may be
-                // another number, but inter is 0 and makes the score 0; and where z is NaN, so is u.
+                // The square of +-z, which is that of z, without another division. Where the delta is 0, u is 0 and z
+                // may be another number, but inter is 0 and makes the score 0; and where z is NaN, so is u.
                 square = u.v[e] * u.v[e];
             }
             score.v[e] = strength(square, models, shift) * inter.v[e] + 0.0f;
