@@ -230,3 +230,18 @@ class Method(ABC):
     @abstractmethod
     def merge(self, context: TensorContext, chunk: Chunk, known: Known, out: torch.Tensor) -> None:
         """Write the merged chunk to `out` (flat, chunk.numel elements, any floating dtype)."""
+
+
+class MethodWithoutPeer(Method):
+    """A method that mergekit has not: it computes in float32 always."""
+
+    def compute_dtype(self, dtype: torch.dtype, numerics: str) -> torch.dtype:
+        """Always float32."""
+        return torch.float32
+
+    def check(self, context: TensorContext, labels: Sequence[str]) -> None:
+        """There is no peer whose rounding could be followed."""
+        if context.numerics == "mergekit":
+            raise ParameterError(
+                f"{self.name} goes with numerics fp32 only: mergekit has no such method.", "merge_method"
+            )

@@ -17,7 +17,7 @@ import torch
 
 from fastmerge import ops
 from fastmerge.backends.rule import SparsifyRule
-from fastmerge.methods.base import Chunk, Known, Method, Statistic, TensorContext
+from fastmerge.methods.base import Chunk, Known, MethodWithoutPeer, Statistic, TensorContext
 from fastmerge.methods.parameters import Finite, Fraction, ParameterError, Parameters, per_model, shared
 
 RATIOS = {"ideal": 0.1, "official": 0.7}
@@ -42,7 +42,7 @@ class FrParameters(Parameters):
     lambda_: Finite = shared(1.0, "scales the merged delta before it is put on the base", alias="lambda")
 
 
-class Fr(Method):
+class Fr(MethodWithoutPeer):
     """The result is base + lambda * sum_i(w_i F(delta_i)), F the filter, or the sum of those with the elected sign."""
 
     name = "fr"
@@ -52,14 +52,9 @@ class Fr(Method):
     sweeps = "1, matrices that are filtered in one piece; align: 2 over other tensors"
     Parameters: ClassVar[type[Parameters]] = FrParameters
 
-    def compute_dtype(self, dtype: torch.dtype, numerics: str) -> torch.dtype:
-        """Always float32."""
-        return torch.float32
-
     def check(self, context: TensorContext, labels: Sequence[str]) -> None:
-        """Patterns must be regular expressions, and there is no peer whose rounding could be followed."""
-        if context.numerics == "mergekit":
-            raise ParameterError("fr goes with numerics fp32 only: mergekit has no such method.", "merge_method")
+        """Patterns must be regular expressions, too."""
+        super().check(context, labels)
         parameters = self._parameters(context)
         for name, pattern in (("include", parameters.include), ("exclude", parameters.exclude_)):
             try:

@@ -13,8 +13,8 @@ import torch
 
 from fastmerge import ops
 from fastmerge.backends.rule import PcbRule
-from fastmerge.methods.base import Chunk, Known, Method, Statistic, TensorContext, whole_model
-from fastmerge.methods.parameters import Finite, Fraction, ParameterError, Parameters, per_model, shared
+from fastmerge.methods.base import Chunk, Known, MethodWithoutPeer, Statistic, TensorContext, whole_model
+from fastmerge.methods.parameters import Finite, Fraction, Parameters, per_model, shared
 from fastmerge.methods.pcb_statistics import (
     ClipBounds,
     ClipHistogram,
@@ -41,7 +41,7 @@ class PcbParameters(Parameters):
     lambda_: Finite = shared(1.0, "scales the merged delta before it is put on the base", alias="lambda")
 
 
-class Pcb(Method):
+class Pcb(MethodWithoutPeer):
     """out = base + lambda * sum_i(w_i c_i S_i) / sum_i(S_i), with the scores S of all parameters of a model."""
 
     name = "pcb"
@@ -50,15 +50,6 @@ class Pcb(Method):
     needs_base = True
     sweeps = "3 over the whole model (paper: 4), 1 where its statistics are known from the merge before"
     Parameters: ClassVar[type[Parameters]] = PcbParameters
-
-    def compute_dtype(self, dtype: torch.dtype, numerics: str) -> torch.dtype:
-        """Always float32."""
-        return torch.float32
-
-    def check(self, context: TensorContext, labels: Sequence[str]) -> None:
-        """There is no peer whose rounding could be followed."""
-        if context.numerics == "mergekit":
-            raise ParameterError("pcb goes with numerics fp32 only: mergekit has no such method.", "merge_method")
 
     def model_statistics(self, contexts: Sequence[TensorContext]) -> list[Statistic]:
         """What scores need to know about all parameters, unless each tensor is for itself."""
