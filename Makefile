@@ -96,5 +96,5 @@ $(VENV)/.kernels: $(VENV)/.base $(SOURCES)
 
 $(VENV)/.built: $(VENV)/.base $(SOURCES)
 	@echo "fastmerge: compiling all kernels and installing in place"
-	@FASTMERGE_CUDA_EMULATED=1 $(PIP) --no-build-isolation --no-deps --editable .
+	@FASTMERGE_OBJECTS=$(CURDIR)/build/objects FASTMERGE_CUDA_EMULATED=1 $(PIP) --no-build-isolation --no-deps --editable .
 	@touch $(VENV)/.kernels $@

@@ -135,6 +135,8 @@ class BuildKernels(build_ext):
     def run(self) -> None:
         from pybind11.setup_helpers import ParallelCompile
 
+        # Where objects are left, for checks of them; pip builds in a folder that goes away.
+        self.build_temp = os.environ.get("FASTMERGE_OBJECTS") or self.build_temp
         # Several sources at a time, by as many compilers as there are processors.
         with ParallelCompile(default=0):
             super().run()

@@ -4,7 +4,8 @@ Where two objects define the same weak symbol (an inline function, a template of
 keeps one copy for the whole program. Were that the copy of an AVX-512 unit, the program would die of an illegal
 instruction on an older machine, in code that has nothing to do with AVX-512.
 
-As a script: builds the kernels as the package does, in a folder of its own, and looks at those objects.
+As a script: looks at the objects that `make build` has left, or builds the kernels as the package does, in a folder of
+its own, where there are none or sources have changed since.
 """
 
 import os
@@ -16,6 +17,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from checks import ROOT
+
+KEPT = ROOT / "build" / "objects"
+"""Where `make build` leaves objects."""
+OTHERS = ("cuda", "emulated")
+"""How the names of folders begin whose objects belong to other modules."""
 
 WEAK = frozenset("WVuC")  # weak, weak object, unique, common: nm(1)
 # Parts of the program that run on every machine of the architecture; only among these may code be shared.
@@ -75,18 +81,35 @@ def build(folder: Path, root: Path = ROOT) -> dict[str, list[Path]]:
         text=True,
         check=False,
     )
-    parts: dict[str, list[Path]] = defaultdict(list)
-    for path in sorted(folder.rglob("*.o")):
-        parts[path.relative_to(folder).parts[0]].append(path)
+    parts = parts_in(folder)
     if result.returncode or not parts:
         raise RuntimeError(f"the kernels could not be built:\n{result.stdout}{result.stderr}")
+    return parts
+
+
+def parts_in(folder: Path) -> dict[str, list[Path]]:
+    """The object files of each part of the program that lie in a folder."""
+    parts: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(folder.rglob("*.o")):
+        name = path.relative_to(folder).parts[0]
+        if not name.startswith(OTHERS):
+            parts[name].append(path)
     return dict(parts)
+
+
+def kept(folder: Path = KEPT, root: Path = ROOT) -> dict[str, list[Path]]:
+    """The objects that an earlier build left there, or none where a source is newer than any of them."""
+    parts = parts_in(folder)
+    sources = [root / "setup.py", *(path for path in (root / "csrc").rglob("*") if path.is_file())]
+    newest = max(path.stat().st_mtime for path in sources)
+    oldest = min((path.stat().st_mtime for paths in parts.values() for path in paths), default=0.0)
+    return parts if newest < oldest else {}
 
 
 def main() -> int:
     """Build, look, print."""
     with tempfile.TemporaryDirectory() as folder:
-        objects = build(Path(folder))
+        objects = kept() or build(Path(folder))
         found = problems(objects)
     print("\n".join(found) or f"no shared weak symbol in the objects of {', '.join(objects)}")
     return 1 if found else 0

@@ -32,9 +32,9 @@ class Call:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to launch a kernel for."""
-        found: list[Tensor] = []
-        for each in self.arguments:
-            found += [x for x in (each if isinstance(each, list) else [each]) if isinstance(x, Tensor)]
+        # Models come as a list; what stands beside it is room for results, or has as many elements.
+        lists = [x for each in self.arguments if isinstance(each, list) for x in each if isinstance(x, Tensor)]
+        found = lists or [each for each in self.arguments if isinstance(each, Tensor)]
         return sum(x.numel() for x in found) == 0
 
     def run(self, device: str, backend: str) -> Any:

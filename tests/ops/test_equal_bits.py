@@ -126,7 +126,8 @@ def test_topk_mask(backend: str, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_l1_sums(backend: str, data: st.DataObject) -> None:
     data.draw(configurations(backend))
-    models = data.draw(strategies.models())
+    # The interpreter takes minutes for long tensors; tests/triton has sums over many programs.
+    models = data.draw(strategies.models(blocks=backend != "triton"))
     compute = data.draw(strategies.computes)
     rule = data.draw(strategies.rules(models, True, compute))
     expected = ops.l1_sums(models.base, models.tensors, rule, compute=compute, backend="reference")

@@ -58,7 +58,7 @@ def models(n: int, count: int, mixed: bool = False, odd: bool = False) -> tuple[
 @pytest.mark.parametrize("form", ["3", "9", "9 mixed", "9 odd", "9 without base", "3 odd"])
 def test_rows_by_value_and_in_tables(variant: str, form: str) -> None:
     base: Tensor | None
-    base, rows = models(int(form[0]), 1100, "mixed" in form, "odd" in form)
+    base, rows = models(int(form[0]), 600, "mixed" in form, "odd" in form)
     base = None if "without" in form else base
     rule = ops.pcb_rule(rows, base=base, variant=variant, density=0.3, backend="reference")
     assert rule.thresholds is not None
