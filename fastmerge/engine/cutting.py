@@ -119,7 +119,7 @@ class Cutter:
             return None
         there = [(job, job.context) for job in jobs if job.context is not None and job.numel]
         largest = max((job.load_bytes(job.cuts[1]) for job, _ in there), default=ALIGNMENT)
-        beside = max((self.method.workspace(context, job.cuts[1], "cuda") for job, context in there), default=0)
+        beside = max((self.method.workspace(context, job.cuts[1]) for job, context in there), default=0)
         room = _whole_pages(self.gpu_share_of_loads - beside)
         return GpuShare(
             budget=self.gpu_budget,
@@ -233,7 +233,7 @@ class Cutter:
         """Bytes that a chunk of so many elements needs on a GPU besides; the host's is not counted."""
         if not self._staged(draft) or draft.context is None:
             return 0
-        return self.method.workspace(draft.context, numel, "cuda")
+        return self.method.workspace(draft.context, numel)
 
     @staticmethod
     def _held_bytes(draft: Draft) -> int:

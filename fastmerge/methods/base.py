@@ -209,8 +209,8 @@ class Method(ABC):
         """Chunks of this tensor must begin at multiples of so many elements."""
         return 1
 
-    def workspace(self, context: TensorContext, numel: int, device: str = "cpu") -> int:
-        """Bytes that statistics and merge need on a device beside a chunk of so many elements, if they grow with it."""
+    def workspace(self, context: TensorContext, numel: int) -> int:
+        """Bytes that statistics and merge need beside a chunk of so many elements, if they grow with it."""
         return 0
 
     @abstractmethod

@@ -115,7 +115,7 @@ class ConsensusMethod(Method):
 
     # -- chunks
 
-    def workspace(self, context: TensorContext, numel: int, device: str = "cpu") -> int:
+    def workspace(self, context: TensorContext, numel: int) -> int:
         """DELLA's masks where they are kept, and its rows where they must be brought into one piece first."""
         if self.sparsify != "della" or not self._cuts(context):
             return 0

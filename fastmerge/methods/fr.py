@@ -68,12 +68,12 @@ class Fr(MethodWithoutPeer):
     def _parameters(context: TensorContext) -> Any:
         return context.parameters
 
-    def _filter(self, context: TensorContext, device: str = "cpu") -> ops.HighpassPlan | None:
-        """How this tensor is filtered on a device; None where it is not."""
+    def _filter(self, context: TensorContext) -> ops.HighpassPlan | None:
+        """How this tensor is filtered; None where it is not."""
         parameters = self._parameters(context)
         if len(context.shape) != 2 or context.numel == 0 or not filters(context.name, parameters):
             return None
-        plan = ops.highpass_plan(context.shape, ratio_of(parameters), mode=parameters.mode, device=device)
+        plan = ops.highpass_plan(context.shape, ratio_of(parameters), mode=parameters.mode)
         return None if plan.route == "nothing" else plan
 
     def _apart(self, context: TensorContext) -> bool:
@@ -84,9 +84,9 @@ class Fr(MethodWithoutPeer):
         """A filtered matrix is never cut."""
         return 1 if self._filter(context) is None else max(prod(context.shape), 1)
 
-    def workspace(self, context: TensorContext, numel: int, device: str = "cpu") -> int:
+    def workspace(self, context: TensorContext, numel: int) -> int:
         """Filtered deltas in float32, the delta that is being filtered, and what the filter takes."""
-        plan = self._filter(context, device)
+        plan = self._filter(context)
         if plan is None:
             return 0
         deltas = len(context.positions) if self._apart(context) else 1

@@ -49,7 +49,7 @@ class Linear(Method):
         """Always float32, as in the peer."""
         return torch.float32
 
-    def workspace(self, context: TensorContext, numel: int, device: str = "cpu") -> int:
+    def workspace(self, context: TensorContext, numel: int) -> int:
         """The peer's sum is made in steps."""
         return numel * 4 if context.numerics == "mergekit" else 0
 

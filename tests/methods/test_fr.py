@@ -158,20 +158,6 @@ def test_the_dry_run_says_what_the_largest_matrix_takes(tmp_path: Path) -> None:
     assert json.loads(json.dumps(plan.describe()))["workspace"] == plan.workspace
 
 
-def test_what_a_matrix_takes_on_a_gpu_is_that_of_the_route_there(tmp_path: Path) -> None:
-    base, tuned = models(torch.bfloat16)
-    paths = save_family(tmp_path / "in", base, tuned)
-    plan = fastmerge.plan_checkpoints(config_for("fr", paths, WEIGHTS, ratio=0.2), tmp_path / "out")
-    context = next(job.context for job in plan.jobs if job.name == "model.layers.0.mlp.up_proj.weight")
-    assert context is not None
-    here, there = (
-        plan.method.workspace(context, context.numel, device)
-        - ops.highpass_plan(context.shape, 0.2, device=device).workspace
-        for device in ("cpu", "cuda")
-    )
-    assert here == there == 2 * 4 * context.numel
-
-
 def test_a_matrix_that_does_not_fit_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     base, tuned = models(torch.bfloat16)
     paths = save_family(tmp_path / "in", base, tuned)
