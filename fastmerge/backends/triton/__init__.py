@@ -12,8 +12,8 @@ import torch
 import triton
 
 from ..experts_in_torch import expert_apply_, expert_extract, expert_revert_
-from ..highpass import highpass
 from .consensus import consensus_apply, consensus_apply_many
+from .highpass import highpass
 from .launch import INTERPRETED
 from .pcb import (
     pcb_apply,
