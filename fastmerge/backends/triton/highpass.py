@@ -20,8 +20,8 @@ COLUMNS = 64
 ROWS = 64
 """Of each half that a program changes."""
 
-SUMMED = 32
-"""Rows of each half that a program adds at once."""
+SUMMED = 16
+"""Rows of each half that a program adds at once, while the next ones are on their way."""
 
 RANKS = 64
 """Vectors of each class that a program projects on."""
@@ -32,7 +32,7 @@ STEP = 16
 PROGRAMS = 512
 """So many keep a GPU busy. It does not ask which GPU it is, so that sums have the same pieces everywhere."""
 
-SHORTEST = 4 * SUMMED
+SHORTEST = 8 * SUMMED
 """Rows of each half that a program should have, at least, to add up."""
 
 BLOCK = 2048
@@ -68,13 +68,13 @@ def project(x: Tensor, bases: Sequence[Tensor], coefficients: Tensor) -> None:
         span,
         splits,
         matrices,
-        num_warps=4 if vectors * COLUMNS >= 4096 else 2,
+        num_warps=8 if vectors == RANKS else 4,
         CLASSES=classes,
         ROWS=SUMMED,
         COLUMNS=COLUMNS,
         RANKS=vectors,
         PRECISION=PRODUCTS,
-        num_stages=2,
+        num_stages=4,
     )
     if splits > 1:
         torch.sum(partial, dim=0, out=coefficients)
@@ -95,12 +95,13 @@ def subtract(x: Tensor, bases: Sequence[Tensor], coefficients: Tensor, out: Tens
         rows,
         width,
         *(basis.shape[1] for basis in _both(bases)),
+        num_warps=8,
         CLASSES=len(bases),
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         RANKS=STEP,
         PRECISION=PRODUCTS,
-        num_stages=2,
+        num_stages=3,
     )
 
 
