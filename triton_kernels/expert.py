@@ -17,8 +17,7 @@ Where several parts of a tensor hold one place, the last of them owns it: its th
 up all of them from the first to its own, and saves the old bits for all. Since columns rise within a row, the others'
 entries are found by halving. The common tensor has one part, for which no loop below does anything.
 
-A column beyond its row, which no expert has that was extracted or read from a checked file, names no place: nothing is
-written, and it counts as a place that has been changed.
+A column beyond its row names no place: nothing is put there, and nothing is taken off. To refuse it would be to wait.
 """
 
 import triton
@@ -253,16 +252,15 @@ def apply(table, part_of, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def changed_block(table, number, start, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """How many places that a block of entries owns do not hold what was put there, and how many entries name none."""
+    """How many places that a block of entries owns do not hold what was put there."""
     part = table + number * FIELDS
     wide = dtype_of(part, 0) == numbers.FLOAT32
     entry, row, column, there, owned = places(table, number, start, WHOLE, ALIGNED, BLOCK)
-    width = tl.load(part + WIDTH)
+    place = row * tl.load(part + WIDTH) + column
     old = bits_at(tl.load(part + SAVED), wide, entry, there, WHOLE, False)
     new = worn(table, number, entry, row, column, old, owned, False, WHOLE, ALIGNED)
-    now = bits_at(tl.load(part + TENSOR), wide, row * width + column, owned, False, False)
-    beyond = there & ((column < 0) | (column >= width))
-    return tl.sum(((owned & (now != new)) | beyond).to(tl.int32), axis=0)
+    now = bits_at(tl.load(part + TENSOR), wide, place, owned, False, False)
+    return tl.sum((owned & (now != new)).to(tl.int32), axis=0)
 
 
 @triton.jit

@@ -78,7 +78,7 @@ class Fr(Method):
         parameters = self._parameters(context)
         if len(context.shape) != 2 or context.numel == 0 or not filters(context.name, parameters):
             return None
-        ratio, device = ratio_of(parameters), context.device
+        ratio, device = ratio_of(parameters), "cpu" if context.device == "cpu" else "cuda"
         plan = ops.highpass_plan(context.shape, ratio, mode=parameters.mode, device=device)
         return None if plan.route == "nothing" else plan
 
