@@ -398,7 +398,7 @@ def _highpass() -> Iterator[Call]:
         "odd height": ((255, 512), 0.1, "ideal"),
         "odd width": ((512, 255), 0.1, "ideal"),
         "one column": ((2048, 1), 0.1, "ideal"),
-        "transformed": ((1023, 512), 1.0, "ideal"),
+        "transformed": ((1025, 1024), 1.0, "ideal"),
         "official": ((512, 1376), 0.9, "official"),
         "official, odd": ((255, 511), 0.7, "official"),
     }
