@@ -398,12 +398,20 @@ def _highpass() -> Iterator[Call]:
         "odd height": ((255, 512), 0.1, "ideal"),
         "odd width": ((512, 255), 0.1, "ideal"),
         "one column": ((2048, 1), 0.1, "ideal"),
-        "transformed": ((1025, 1024), 1.0, "ideal"),
+        "transformed, odd": ((1025, 1024), 1.0, "ideal"),
         "official": ((512, 1376), 0.9, "official"),
         "official, odd": ((255, 511), 0.7, "official"),
     }
     for dtype in (BF16, F32, F16):
         for name, (shape, ratio, mode) in shapes.items():
-            x = torch.zeros(shape, dtype=dtype)
-            everywhere = dtype is not F16 and name in ("some", "few", "transformed", "official")
-            yield Call("highpass", f"{name}, {NAMES[dtype]}", (x, ratio, mode, torch.empty_like(x)), {}, everywhere)
+            everywhere = dtype is not F16 and name in ("some", "few", "official")
+            yield _filter(f"{name}, {NAMES[dtype]}", shape, dtype, ratio, mode, everywhere)
+    yield _filter("transformed", (3072, 3072), F32, 1.0, "ideal", everywhere=True)
+
+
+def _filter(
+    variant: str, shape: tuple[int, int], dtype: torch.dtype, ratio: float, mode: str, everywhere: bool
+) -> Call:
+    """One call of highpass."""
+    x = torch.zeros(shape, dtype=dtype)
+    return Call("highpass", variant, (x, ratio, mode, torch.empty_like(x)), {}, everywhere)
