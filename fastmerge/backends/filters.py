@@ -288,7 +288,7 @@ COSTS = {
     "cpu": Costs(
         copy=0.6, smooth=1.4, prime=0.17, worst=25.0, moved=3.4, turned=3.0, lined=9.5, folded=2.2, product=0.02
     ),
-    # From the data sheet of an H100: no GPU has measured them. lowrank reads a matrix twice and writes it once; products
+    # From the data sheet of an H100: no GPU has measured them. lowrank reads a matrix twice and writes once; products
     # are three of TF32, at half the speed that the sheet names.
     "cuda": Costs(
         copy=0.003,
