@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import random
+import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmerge import ops
 from fastmerge.errors import ArgumentError, ArgumentTypeError
 from fastmerge.ops.expert import rows_of
+from fastmerge.reference import expert as definition
 from tests import strategies
 from tests.numeric import assert_bitwise_equal, bits
 from tests.ops.running import configurations, each_backend, only
@@ -159,6 +164,48 @@ def test_the_definition_adds_in_float32_and_rounds_once(data: st.DataObject) -> 
                     assert torch.equal(actual.nan_to_num(7.0), total[column].to(new.dtype).nan_to_num(7.0))
                 else:
                     assert_bitwise_equal(actual, old.reshape(rows, width)[row, column])
+
+
+class Walked(list[Any]):
+    """A list that counts how often it is walked through."""
+
+    walks = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.walks += 1
+        return super().__iter__()
+
+
+def test_the_definition_bears_models_of_many_tensors() -> None:
+    """GPUs run it: the list of parts is not walked for each tensor, and no second copy of the model is held."""
+    expert = ops.extract_expert(torch.randn(2, 100), 0.02)
+    tensors = [torch.zeros(2, 100) for _ in range(50)]
+    parts = Walked(expert.part(of) for of in range(50))
+    saved = definition.expert_apply_(tensors, parts)
+    with Held() as held:
+        assert not definition.expert_revert_(tensors, parts, saved).any()
+    assert all(not x.any() for x in tensors)
+    assert parts.walks < 10
+    assert held.most < 10 * tensors[0].nbytes
+
+
+class Held(TorchDispatchMode):
+    """How many bytes of new tensors are held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not any(result is given for given in args) and result._base is None:
+            self.now += result.nbytes
+            self.most = max(self.most, self.now)
+            weakref.finalize(result, self._gone, result.nbytes)
+        return result
+
+    def _gone(self, nbytes: int) -> None:
+        self.now -= nbytes
 
 
 @each_backend
