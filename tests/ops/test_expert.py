@@ -328,6 +328,27 @@ class TestRefusals:
             ops.expert_apply_([x], [ops.ExpertPart(0, columns, self.expert.values, 1.0)], backend=backend)
         assert_bitwise_equal(x, self.x)
 
+    @each_backend
+    def test_tensors_that_share_memory(self, backend: str) -> None:
+        """Their old bits could not be put back, as each would be taken for the other's changed values."""
+        memory = torch.arange(36.0)
+        for other in (memory[:24], memory[6:30], memory[12:36]):
+            tensors = [memory[:24].view(4, 6), other.view(4, 6)]
+            with pytest.raises(ArgumentError, match=r"tensors\[0\] and tensors\[1\] share memory"):
+                ops.expert_apply_(tensors, [self.expert.part(0), self.expert.part(1)], backend=backend)
+            assert torch.equal(memory, torch.arange(36.0))
+            saved = ops.expert_apply_(tensors, [self.expert.part(1)], backend=backend)
+            assert not any(ops.expert_revert_(tensors, [self.expert.part(1)], saved, backend=backend))
+
+    def test_an_expert_is_no_part(self) -> None:
+        with pytest.raises(ArgumentTypeError, match=r"holds Expert, not ExpertPart; expert\.part"):
+            ops.expert_apply_([self.x], [self.expert])  # type: ignore[list-item]
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, "bf16"])
+    def test_dtype(self, dtype: object) -> None:
+        with pytest.raises(ArgumentTypeError, match="^dtype="):
+            ops.extract_expert(self.x, 0.5, dtype=dtype)  # type: ignore[arg-type]
+
     def test_parts_that_do_not_fit(self) -> None:
         part = self.expert.part()
         for parts, message in (
