@@ -126,7 +126,8 @@ class ExpertSet:
             raise ArgumentError("experts is empty; pass at least one, by name.")
         self.mode = mode
         self.rescale = rescale
-        self._model = model
+        # Weakly, or a model that wears experts would keep itself alive through the table of those that do.
+        self._model = weakref.ref(model)
         self._backend = backend
         self._lock = threading.RLock()
         self._on: list[_Worn] | None = None
@@ -138,7 +139,7 @@ class ExpertSet:
         self.experts: dict[str, About] = {name: each.about for name, each in loaded.items()}
         self._check_one_base()
         self._bound: list[_Bound] = []
-        places = self._bind(loaded)
+        places = self._bind(model, loaded)
         bases = None if base is None else self._read_base(base, loaded, places)
         # expert -> place of the tensor -> what is put there
         self._held: dict[str, dict[int, tuple[Expert, Tensor | None]]] = {}
@@ -206,7 +207,10 @@ class ExpertSet:
 
     def _put(self, weights: Mapping[str, float]) -> None:
         self._check_names(weights)
-        other = _WEARING.get(self._model)
+        model = self._model()
+        if model is None:
+            raise ArgumentError("the model of this set is gone; make a new ExpertSet for the one that is used now.")
+        other = _WEARING.get(model)
         if other is not None:
             whose = "already" if other is self else "of another ExpertSet"
             raise ArgumentError(
@@ -225,7 +229,7 @@ class ExpertSet:
             raise
         self._on = done
         self._weights = {name: weights[name] for name in self.names if weights.get(name, 0.0) != 0.0}
-        _WEARING[self._model] = self
+        _WEARING[model] = self
 
     def _gather(self, weights: Mapping[str, float]) -> Iterator[_Worn]:
         """The parts of these experts, tensor by tensor, for each device its own."""
@@ -270,7 +274,9 @@ class ExpertSet:
     def _forget(self) -> None:
         self._on = None
         self._weights = {}
-        _WEARING.pop(self._model, None)
+        model = self._model()
+        if model is not None:
+            _WEARING.pop(model, None)
 
     def _check_names(self, weights: Mapping[str, float]) -> None:
         for name in weights:
@@ -297,10 +303,12 @@ class ExpertSet:
                     "experts of one set must be extracted with one base."
                 )
 
-    def _bind(self, loaded: Mapping[str, ModelExpert]) -> dict[str, dict[int, tuple[str, Expert]]]:
+    def _bind(
+        self, model: torch.nn.Module, loaded: Mapping[str, ModelExpert]
+    ) -> dict[str, dict[int, tuple[str, Expert]]]:
         """Each expert's tensors by the place of the model's tensor: a parameter under two names has one place."""
-        owners: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
-        owners |= dict(self._model.named_buffers(remove_duplicate=False))
+        owners: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        owners |= dict(model.named_buffers(remove_duplicate=False))
         places: dict[tuple[Any, ...], int] = {}
         result: dict[str, dict[int, tuple[str, Expert]]] = {}
         for name, whole in loaded.items():

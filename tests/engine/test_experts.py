@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -320,6 +322,19 @@ class TestRefusals:
         worn.switch("math")
         worn.switch(None)
         self.setting.unchanged()
+
+
+def test_a_model_that_wears_experts_can_be_dropped() -> None:
+    setting = Setting()
+    worn = ExpertSet(setting.model, setting.experts)
+    worn.switch("math")
+    gone = weakref.ref(setting.model)
+    del setting.model
+    gc.collect()
+    assert gone() is None and not experts._WEARING
+    worn.switch(None)
+    with pytest.raises(ArgumentError, match="the model of this set is gone"):
+        worn.switch("code")
 
 
 def test_reading_ahead_hands_errors_on_and_can_be_left_early() -> None:
