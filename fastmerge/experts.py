@@ -284,11 +284,14 @@ class ExpertSet:
                 raise ArgumentError(f"there is no expert {name!r}; this set has {', '.join(self.names)}.")
 
     def _check_in_place(self, what: str) -> None:
+        model = self._model()
+        present = None if model is None else {id(x) for x in (*model.parameters(), *model.buffers())}
         for bound in self._bound:
-            if not bound.there:
+            if not bound.there or (present is not None and id(bound.owner) not in present):
                 raise ArgumentError(
                     f"the experts cannot be {what}: {bound.name!r} was moved or given other memory since the set was "
-                    "made (.to(), .data =); move the model first and then make a new ExpertSet."
+                    "made (.to(), .data =, load_state_dict(assign=True)); move the model first and then make a new "
+                    f"ExpertSet{'' if self._on is None else ', after put_back() if it wears experts now'}."
                 )
 
     # -- binding

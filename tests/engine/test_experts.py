@@ -312,6 +312,18 @@ class TestRefusals:
             worn.switch("math")
         self.setting.unchanged()
 
+    def test_a_parameter_that_was_replaced(self) -> None:
+        """Experts put onto the old one would not be seen by the model."""
+        worn = ExpertSet(self.model, self.given)
+        self.model.load_state_dict(self.setting.before, assign=True)
+        with pytest.raises(ArgumentError, match="was moved or given other memory"):
+            worn.switch("math")
+        worn = ExpertSet(self.model, self.given)
+        self.model.up = nn.Linear(60, 90, dtype=bf16)
+        with pytest.raises(ArgumentError, match=r"'up\.\w+' was moved or given other memory"):
+            worn.switch("math")
+        assert worn.on == {}
+
     def test_a_failure_on_the_way_leaves_the_model_as_it_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
         worn = ExpertSet(self.model, self.given)
         monkeypatch.setattr(experts, "expert_apply_", lambda *args, **options: (_ for _ in ()).throw(MemoryError()))
