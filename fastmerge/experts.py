@@ -25,7 +25,6 @@ from torch import Tensor
 
 from fastmerge.backends.rule import ExpertPart, saved_layout
 from fastmerge.engine.expert_file import About, ModelExpert, same_base
-from fastmerge.engine.expert_model import put_back
 from fastmerge.engine.sources import TORCH_DTYPES, Source, StateDictSource
 from fastmerge.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from fastmerge.expert_files import (
@@ -76,9 +75,9 @@ class _Bound:
 
 @dataclass
 class _Worn:
-    """What is on the model, on one device: the tensors, the parts, the old bits."""
+    """What is on the model, on one device: the tensors as they were then, the parts, the old bits."""
 
-    names: list[str]
+    bound: list[_Bound]
     tensors: list[Tensor]
     parts: list[ExpertPart]
     saved: Tensor
@@ -192,15 +191,36 @@ class ExpertSet:
     def put_back(self) -> None:
         """Write the old bits back at the places of the experts, whatever stands there now; the rest stays changed.
 
-        For a model whose weights were changed while it wore experts, which `switch` and `active` refuse to touch.
+        For a model whose weights were changed while it wore experts, which `switch` and `active` refuse to touch. Where
+        it was moved or converted (.to(), .half()), so are the old values. A parameter that was replaced by one with
+        other values is left alone.
+        Errors: ArgumentError where a parameter has become something else; nothing is written then.
         """
         with self._lock:
+            model = self._model()
+            present = {} if model is None else _named(model)
+            theirs = {id(x) for x in present.values()}
+            back = []
             for worn in self._on or []:
+                targets = [
+                    bound.owner if id(bound.owner) in theirs else present.get(bound.name, bound.owner)
+                    for bound in worn.bound
+                ]
+                for bound, then, now in zip(worn.bound, worn.tensors, targets, strict=True):
+                    _check_like(bound.name, then, now)
+                # A module that is moved keeps its parameters, with other memory, but gets new buffers.
+                others = {
+                    part.of
+                    for part in worn.parts
+                    if targets[part.of] is not worn.bound[part.of].owner
+                    and not _holds(targets[part.of], worn.tensors[part.of], part.columns)
+                }
                 for (first, end), part in zip(saved_layout(worn.tensors, worn.parts), worn.parts, strict=True):
-                    x = worn.tensors[part.of]
-                    old = worn.saved[first:end].view(x.dtype).view(part.columns.shape)
-                    rows = x.view(part.columns.shape[0], -1)
-                    put_back(Expert(rows.shape, part.columns, old), rows)
+                    old = worn.saved[first:end].view(worn.tensors[part.of].dtype).view(part.columns.shape)
+                    if part.of not in others:
+                        back.append((targets[part.of].detach(), part.columns, old))
+            for now, columns, old in back:
+                _overwrite(now, columns, old)
             self._forget()
 
     # -- putting on and taking off
@@ -247,7 +267,7 @@ class ExpertSet:
                     factor = weights[name] * (self.experts[name].mu if self.rescale else 1.0)
                     parts.append(expert.part(of, factor, base))
             tensors = [self._bound[at].tensor for at in places]
-            yield _Worn([self._bound[at].name for at in places], tensors, parts, torch.empty(0))
+            yield _Worn([self._bound[at] for at in places], tensors, parts, torch.empty(0))
 
     def _take(self) -> None:
         if self._on is None:
@@ -261,7 +281,7 @@ class ExpertSet:
                 at = next(number for number, count in enumerate(changed) if count)
                 raise ArgumentError(
                     f"weights have been changed while the model wore experts: {changed[at]} values of "
-                    f"{worn.names[at]!r} are not what was put there. Nothing was taken off; give them back their "
+                    f"{worn.bound[at].name!r} are not what was put there. Nothing was taken off; give them back their "
                     "values, or call put_back() to write the old bits over them."
                 )
         self._forget()
@@ -310,8 +330,7 @@ class ExpertSet:
         self, model: torch.nn.Module, loaded: Mapping[str, ModelExpert]
     ) -> dict[str, dict[int, tuple[str, Expert]]]:
         """Each expert's tensors by the place of the model's tensor: a parameter under two names has one place."""
-        owners: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        owners |= dict(model.named_buffers(remove_duplicate=False))
+        owners = _named(model)
         places: dict[tuple[Any, ...], int] = {}
         result: dict[str, dict[int, tuple[str, Expert]]] = {}
         for name, whole in loaded.items():
@@ -389,6 +408,42 @@ class ExpertSet:
                             kept = expert.at(values)
                             result[name][one] = kept.to(torch.float32) if kept.dtype == torch.float64 else kept
         return result
+
+
+def _named(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model, those that it has under several names under each of them."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return found | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _check_like(name: str, then: Tensor, now: Tensor) -> None:
+    """Old values can be put back into what a parameter has become."""
+    if now.shape != then.shape or not now.is_floating_point() or now.element_size() == 1:
+        raise ArgumentError(
+            f"the old values of {name!r} cannot be put back: it was {then.dtype}{list(then.shape)} and is "
+            f"{now.dtype}{list(now.shape)} now; load its weights again."
+        )
+
+
+def _rows(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The bits of a tensor's rows, a copy where it is not contiguous, and the columns for them, on its device."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return x.contiguous().view(columns.shape[0], -1).view(bits), columns.to(x.device).to(torch.int64)
+
+
+def _holds(now: Tensor, then: Tensor, columns: Tensor) -> bool:
+    """Whether a tensor has at these columns of its rows what another one has, in its own dtype."""
+    bits, places = _rows(now.detach(), columns)
+    others, _ = _rows(then.to(now.device, now.dtype), columns)
+    return torch.equal(bits.gather(1, places), others.gather(1, places))
+
+
+def _overwrite(x: Tensor, columns: Tensor, values: Tensor) -> None:
+    """Write values, [rows, k], at the columns of a tensor's rows, wherever it is and in its dtype."""
+    bits, places = _rows(x, columns)
+    bits.scatter_(1, places, values.to(x.device, x.dtype).view(bits.dtype))
+    if not x.is_contiguous():
+        x.copy_(bits.view(x.dtype).view(x.shape))
 
 
 def _read_whole(source: Source, name: str) -> Tensor:

@@ -312,6 +312,41 @@ class TestRefusals:
             worn.switch("math")
         self.setting.unchanged()
 
+    @pytest.mark.parametrize("dtype", [bf16, torch.float32, torch.float64])
+    def test_the_old_bits_are_put_back_where_the_model_was_moved_to(self, dtype: torch.dtype) -> None:
+        worn = ExpertSet(self.model, self.given)
+        with pytest.raises(ArgumentError, match=r"put_back\(\)"), worn.active("math"):
+            self.model.to(dtype)
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.clone()
+            self.model.up.weight.data = self.model.up.weight.data.T.contiguous().T
+        assert worn.on == {"math": 1.0}
+        worn.put_back()
+        assert worn.on == {}
+        for name, x in state(self.model).items():
+            assert torch.equal(x, self.setting.before[name].to(dtype)) and x.dtype == dtype
+
+    def test_weights_that_were_loaded_in_their_place_are_left_alone(self) -> None:
+        worn = ExpertSet(self.model, self.given)
+        worn.switch({"math": 1.0, "code": 1.0})
+        loaded = {name: x + 1 for name, x in self.setting.before.items()}
+        self.model.load_state_dict(loaded, assign=True)
+        with pytest.raises(ArgumentError, match="cannot be taken off"):
+            worn.switch(None)
+        worn.put_back()
+        assert worn.on == {}
+        for name, x in state(self.model).items():
+            assert torch.equal(x, loaded[name])
+
+    def test_the_old_bits_of_what_has_become_something_else(self) -> None:
+        worn = ExpertSet(self.model, self.given)
+        worn.switch("math")
+        now = state(self.model)
+        self.model.norm.bias.data = torch.zeros(61, dtype=bf16)
+        with pytest.raises(ArgumentError, match=r"'norm.bias' cannot be put back: it was torch.bfloat16\[60\]"):
+            worn.put_back()
+        assert torch.equal(self.model.up.weight, now["up.weight"]) and worn.on == {"math": 1.0}
+
     def test_a_parameter_that_was_replaced(self) -> None:
         """Experts put onto the old one would not be seen by the model."""
         worn = ExpertSet(self.model, self.given)
