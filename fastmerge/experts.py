@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastmerge.backends.rule import ExpertPart, saved_layout
 from fastmerge.engine.expert_file import About, ModelExpert, same_base
+from fastmerge.engine.matching import find
 from fastmerge.engine.sources import TORCH_DTYPES, Source, StateDictSource
 from fastmerge.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from fastmerge.expert_files import (
@@ -39,6 +40,7 @@ from fastmerge.expert_files import (
     source_of,
 )
 from fastmerge.ops import Expert, expert_apply_, expert_revert_
+from fastmerge.ops.expert import sharing
 
 __all__ = [
     "ExpertSet",
@@ -356,6 +358,13 @@ class ExpertSet:
                     )
                 held.setdefault(at, (tensor_name, expert))
             result[name] = held
+        shared = sharing([bound.tensor for bound in self._bound])
+        if shared is not None:
+            one, other = (self._bound[at].name for at in shared)
+            raise ArgumentError(
+                f"{one!r} and {other!r} share memory in the model and are not one tensor: what experts put into one "
+                "would be taken for changed weights of the other. Make a copy of one of them first."
+            )
         return result
 
     def _fitting(self, name: str, tensor_name: str, expert: Expert, owner: Tensor | None) -> Tensor:
@@ -389,24 +398,24 @@ class ExpertSet:
     ) -> dict[str, dict[str, Tensor]]:
         """The base's values at the places of each expert; it is checked to be the one that they come from."""
         result: dict[str, dict[str, Tensor]] = {name: {} for name in loaded}
+        holders: dict[str, list[tuple[str, Expert]]] = {}
+        for name, held in places.items():
+            for tensor_name, expert in held.values():
+                holders.setdefault(tensor_name, []).append((name, expert))
         with ExitStack() as stack:
             source = source_of(base, "the base", stack)
-            wanted = {tensor_name for held in places.values() for tensor_name, _ in held.values()}
-            for tensor_name in sorted(wanted):
+            for tensor_name in sorted(holders):
                 values = _read_whole(source, tensor_name)
                 digest = blake3(values.view(-1).view(torch.uint8).numpy().data).hexdigest()
-                for name, held in places.items():
-                    for one, expert in held.values():
-                        if one != tensor_name:
-                            continue
-                        if self.experts[name].tensors[one].digest != digest:
-                            raise CheckpointError(
-                                f"{source.ref} is not the base that the expert {name!r} was extracted with: "
-                                f"{one!r} differs."
-                            )
-                        if self.mode == "replace":
-                            kept = expert.at(values)
-                            result[name][one] = kept.to(torch.float32) if kept.dtype == torch.float64 else kept
+                for name, expert in holders[tensor_name]:
+                    if self.experts[name].tensors[tensor_name].digest != digest:
+                        raise CheckpointError(
+                            f"{source.ref} is not the base that the expert {name!r} was extracted with: "
+                            f"{tensor_name!r} differs."
+                        )
+                    if self.mode == "replace":
+                        kept = expert.at(values)
+                        result[name][tensor_name] = kept.to(torch.float32) if kept.dtype == torch.float64 else kept
         return result
 
 
@@ -448,7 +457,7 @@ def _overwrite(x: Tensor, columns: Tensor, values: Tensor) -> None:
 
 def _read_whole(source: Source, name: str) -> Tensor:
     """One tensor of a model, on the CPU."""
-    info = source.tensors.get(name)
+    info = find(source, name)
     if info is None:
         raise CheckpointError(
             f"Tensor {name!r} of the experts is missing in {source.ref}; pass the base they come from."

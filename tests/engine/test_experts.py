@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import random
 import weakref
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastmerge import experts, ops
@@ -155,6 +157,34 @@ def test_gradients_and_inference_mode_do_not_matter(setting: Setting) -> None:
     assert all(parameter.requires_grad for parameter in setting.model.parameters())
 
 
+def test_the_base_may_tie_the_head_that_the_model_has_of_its_own(tmp_path: Path) -> None:
+    """Its file has no head; what it stands for is the embedding, as it was when the expert was extracted."""
+    torch.manual_seed(0)
+
+    class Untied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed_tokens = nn.Embedding(40, 60)
+            self.lm_head = nn.Linear(60, 40, bias=False)
+
+    model = Untied()
+    embedding = model.embed_tokens.weight.detach().clone()
+    for name, tied, tensors in (
+        ("base", True, {"embed_tokens.weight": embedding}),
+        ("tuned", False, {name: embedding + 0.1 * torch.randn(40, 60) for name in model.state_dict()}),
+    ):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+    file = tmp_path / "expert.safetensors"
+    experts.extract_to_file(tmp_path / "base", tmp_path / "tuned", file, keep=0.1)
+    expert = experts.load(file).tensors["lm_head.weight"]
+    worn = ExpertSet(model, {"one": file}, mode="replace", base=tmp_path / "base", rescale=False)
+    with worn.active("one"):
+        expected = torch.where(expert.dense() != 0, embedding, model.lm_head.weight.detach()) + expert.dense()
+        assert torch.equal(model.lm_head.weight.detach(), expected)
+
+
 def test_files_and_objects_can_be_mixed(setting: Setting, tmp_path: Path) -> None:
     base, models = family(models=2)
     paths = save_family(tmp_path, base, models)
@@ -244,6 +274,21 @@ class TestRefusals:
             ExpertSet(Tiny(torch.float64), self.given)
         with pytest.raises(ArgumentTypeError, match="meta"):
             ExpertSet(Tiny().to("meta"), self.given)
+
+    def test_tensors_that_overlap_without_being_one(self) -> None:
+        """A fused matrix and a view of some of its rows: neither's old bits could be put back."""
+
+        class Fused(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.register_buffer("qkv", torch.randn(6, 10))
+                self.register_buffer("key", self.qkv[2:4])
+
+        model = Fused()
+        base = state(model)
+        expert = experts.extract_expert(base, tuned(base, 0, tied=False), keep=0.5)
+        with pytest.raises(ArgumentError, match="'qkv' and 'key' share memory"):
+            ExpertSet(model, {"one": expert})
 
     def test_names_and_weights(self) -> None:
         worn = ExpertSet(self.model, self.given)
