@@ -47,7 +47,7 @@ Model = str | Path | Mapping[str, Tensor] | torch.nn.Module
 
 def load(path: Path | str) -> ModelExpert:
     """An expert from its file. CheckpointError: it is no such file, or it is damaged."""
-    with open_kind(path, "expert") as file:
+    with open_kind(Path(path).expanduser(), "expert") as file:
         return file.load()
 
 

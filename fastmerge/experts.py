@@ -133,10 +133,7 @@ class ExpertSet:
         self._lock = threading.RLock()
         self._on: list[_Worn] | None = None
         self._weights: dict[str, float] = {}
-        loaded = {
-            str(name): each if isinstance(each, ModelExpert) else load(Path(each).expanduser())
-            for name, each in experts.items()
-        }
+        loaded = {str(name): each if isinstance(each, ModelExpert) else load(each) for name, each in experts.items()}
         self.experts: dict[str, About] = {name: each.about for name, each in loaded.items()}
         self._check_one_base()
         self._bound: list[_Bound] = []

@@ -31,7 +31,7 @@ from fastmerge.engine.checkpoint import SafetensorsFile
 from fastmerge.engine.safetensors_header import Header, TensorInfo, parse_json, read_header
 from fastmerge.engine.sources import SAFETENSORS_NAMES, TORCH_DTYPES
 from fastmerge.errors import CheckpointError
-from fastmerge.ops.expert import SCOPES, Expert, rows_of
+from fastmerge.ops.expert import SCOPES, WIDEST, Expert, rows_of
 
 FORMAT = "fastmerge expert"
 VERSION = "1"
@@ -385,6 +385,8 @@ def _check_tensor(path: Path, name: str, about: TensorAbout) -> None:
     whole = all(isinstance(side, int) and not isinstance(side, bool) and side >= 0 for side in about.shape)
     if (
         not whole
+        or math.prod(max(side, 1) for side in about.shape) >= 1 << 63
+        or rows_of(about.shape)[1] > WIDEST
         or not isinstance(about.k, int)
         or isinstance(about.k, bool)
         or not isinstance(about.digest, str)

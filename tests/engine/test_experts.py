@@ -157,6 +157,14 @@ def test_gradients_and_inference_mode_do_not_matter(setting: Setting) -> None:
     assert all(parameter.requires_grad for parameter in setting.model.parameters())
 
 
+def test_files_of_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = save_family(tmp_path, *family(models=1))
+    experts.extract_to_file(*paths, "~/one.safetensors", keep=0.1)
+    assert experts.describe("~/one.safetensors")["kept"] > 0
+    assert experts.load("~/one.safetensors").nbytes > 0
+
+
 def test_the_base_may_tie_the_head_that_the_model_has_of_its_own(tmp_path: Path) -> None:
     """Its file has no head; what it stands for is the embedding, as it was when the expert was extracted."""
     torch.manual_seed(0)
