@@ -18,6 +18,7 @@ from ._library import define
 
 SCOPES = ("row",)
 WIDEST = (1 << 31) - 1
+_LARGEST = torch.finfo(torch.float32).max
 
 _PARTS = "int[] of, Tensor[] columns, Tensor[] values, float[] scales, Tensor[] bases"
 _PART_FIELDS = 5
@@ -89,6 +90,9 @@ def _flat(parts: Sequence[ExpertPart]) -> tuple[Any, ...]:
                 f"parts holds {type(part).__name__}, not ExpertPart; expert.part(i) makes one of an Expert for the "
                 "tensor at place i."
             )
+        # NaN is not smaller, either.
+        if not abs(part.scale) <= _LARGEST:
+            raise ArgumentError(f"scale={part.scale} is not finite in float32; pass one of at most {_LARGEST:g}.")
     bases = [part.base for part in parts if part.base is not None]
     if bases and len(bases) < len(parts):
         raise ArgumentError("some parts have the base's values and others have not; give them to all or to none.")

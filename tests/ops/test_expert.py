@@ -340,6 +340,13 @@ class TestRefusals:
             saved = ops.expert_apply_(tensors, [self.expert.part(1)], backend=backend)
             assert not any(ops.expert_revert_(tensors, [self.expert.part(1)], saved, backend=backend))
 
+    @pytest.mark.parametrize("scale", [1e39, -1e300, math.inf, math.nan])
+    def test_a_scale_that_is_not_finite_in_float32(self, scale: float) -> None:
+        part = ops.ExpertPart(0, self.expert.columns, self.expert.values, scale)
+        with pytest.raises(ArgumentError, match="is not finite in float32"):
+            ops.expert_apply_([self.x], [part])
+        assert torch.equal(self.x, torch.arange(24.0).view(4, 6))
+
     def test_an_expert_is_no_part(self) -> None:
         with pytest.raises(ArgumentTypeError, match=r"holds Expert, not ExpertPart; expert\.part"):
             ops.expert_apply_([self.x], [self.expert])  # type: ignore[list-item]
