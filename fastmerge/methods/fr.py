@@ -78,7 +78,7 @@ class Fr(Method):
         parameters = self._parameters(context)
         if len(context.shape) != 2 or context.numel == 0 or not filters(context.name, parameters):
             return None
-        plan = ops.highpass_plan(context.shape, ratio_of(parameters), mode=parameters.mode)
+        plan = ops.highpass_plan(context.shape, ratio_of(parameters), mode=parameters.mode, device=context.device)
         return None if plan.route == "nothing" else plan
 
     def _apart(self, context: TensorContext) -> bool:
