@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from fastmerge import experts, ops
 from fastmerge.engine import expert_model
 from fastmerge.engine.ahead import ahead
+from fastmerge.engine.safetensors_header import TensorInfo
+from fastmerge.engine.sources import StateDictSource
 from fastmerge.errors import ArgumentError, ArgumentTypeError, CheckpointError, FastmergeError
 from fastmerge.experts import ExpertSet, ModelExpert
 from tests.engine.small_family import Tensors, family, save_family
@@ -229,6 +231,21 @@ def test_pieces_do_not_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     experts.apply_to_checkpoint(paths[1], tmp_path / "e", tmp_path / "worn2")
     manifests = [(tmp_path / name / "manifest.json").read_text() for name in ("worn", "worn2")]
     assert manifests[0] == manifests[1]
+
+
+def test_a_tensor_that_does_not_lie_in_one_piece_is_copied_once() -> None:
+    class Counted(StateDictSource):
+        views = 0
+
+        def view(self, info: TensorInfo) -> Tensor:
+            self.views += 1
+            return super().view(info)
+
+    x = torch.randn(50, 40).T
+    source = Counted("model", {"w": x})
+    found = list(expert_model.pieces([("w", [(source, source.tensors["w"])])], digests=True, piece_bytes=1000))
+    assert len(found) > 5 and source.views == 1
+    assert torch.equal(torch.cat([piece.tensors[0] for piece in found]), x)
 
 
 class TestRefusals:
