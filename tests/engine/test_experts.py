@@ -233,6 +233,20 @@ def test_pieces_do_not_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert manifests[0] == manifests[1]
 
 
+def test_the_card_says_how_to_do_it_again(tmp_path: Path) -> None:
+    paths = save_family(tmp_path / "my models", *family(models=1))
+    file, worn, moved = tmp_path / "e", tmp_path / "worn", tmp_path / "old bits"
+    experts.extract_to_file(*paths, file, keep=0.1)
+    experts.apply_to_checkpoint(paths[1], file, worn, scale=0.5, rescale=False)
+    (worn / "expert.restore").rename(moved)
+    experts.remove_from_checkpoint(worn, tmp_path / "back", restore=moved)
+    for folder, command in (
+        (worn, f"apply '{paths[1]}' {file} -o {worn} --scale 0.5 --no-rescale"),
+        (tmp_path / "back", f"remove {worn} -o {tmp_path / 'back'} --restore '{moved}'"),
+    ):
+        assert f"fastmerge expert {command}\n" in (folder / "README.md").read_text()
+
+
 def test_a_tensor_that_does_not_lie_in_one_piece_is_copied_once() -> None:
     class Counted(StateDictSource):
         views = 0
