@@ -5,6 +5,7 @@ All of them are reached through `fastmerge.experts`.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -47,7 +48,7 @@ Model = str | Path | Mapping[str, Tensor] | torch.nn.Module
 
 def load(path: Path | str) -> ModelExpert:
     """An expert from its file. CheckpointError: it is no such file, or it is damaged."""
-    with open_kind(path, "expert") as file:
+    with open_kind(Path(path).expanduser(), "expert") as file:
         return file.load()
 
 
@@ -175,10 +176,8 @@ def apply_to_checkpoint(
         changed_tensors(opened, belongs, change, read, writer.write, told.advance)
         restore.finish(file.about.mu, {name: writer.digests[name] for name in belongs})
         settings = {"expert": str(expert), "scale": scale, "rescale": rescale}
-        command = (
-            f"fastmerge expert apply {model} {expert} -o {out} --scale {scale}{'' if rescale else ' --no-rescale'}"
-        )
-        about = {"method": "expert", "title": "a light expert put onto a model", "command": command}
+        words = ["apply", model, expert, "-o", out, "--scale", scale, *([] if rescale else ["--no-rescale"])]
+        about = {"method": "expert", "title": "a light expert put onto a model", "command": _command(words)}
         return _finish(writer, opened, about, settings, [file.about.model], backend, began) | {
             "out": str(out),
             "scale": scale,
@@ -234,7 +233,7 @@ def remove_from_checkpoint(
         about = {
             "method": "expert",
             "title": "a model from which a light expert was taken out",
-            "command": f"fastmerge expert remove {model} -o {out}",
+            "command": _command(["remove", model, "-o", out, *([] if restore is None else ["--restore", restore])]),
         }
         settings = {"restore": str(path)}
         report = _finish(writer, opened, about, settings, [file.about.model], backend, began)
@@ -296,6 +295,11 @@ def _finish(
         "digest": digest,
         "seconds": time.perf_counter() - began,
     }
+
+
+def _command(words: Sequence[Any]) -> str:
+    """What a shell is told to do the same again."""
+    return shlex.join(["fastmerge", "expert", *map(str, words)])
 
 
 def source_of(model: Model, what: str, stack: ExitStack) -> Source:

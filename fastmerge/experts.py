@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastmerge.backends.rule import ExpertPart, saved_layout
 from fastmerge.engine.expert_file import About, ModelExpert, same_base
-from fastmerge.engine.expert_model import put_back
+from fastmerge.engine.matching import find
 from fastmerge.engine.sources import TORCH_DTYPES, Source, StateDictSource
 from fastmerge.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from fastmerge.expert_files import (
@@ -40,6 +40,7 @@ from fastmerge.expert_files import (
     source_of,
 )
 from fastmerge.ops import Expert, expert_apply_, expert_revert_
+from fastmerge.ops.expert import sharing
 
 __all__ = [
     "ExpertSet",
@@ -76,9 +77,9 @@ class _Bound:
 
 @dataclass
 class _Worn:
-    """What is on the model, on one device: the tensors, the parts, the old bits."""
+    """What is on the model, on one device: the tensors as they were then, the parts, the old bits."""
 
-    names: list[str]
+    bound: list[_Bound]
     tensors: list[Tensor]
     parts: list[ExpertPart]
     saved: Tensor
@@ -126,19 +127,17 @@ class ExpertSet:
             raise ArgumentError("experts is empty; pass at least one, by name.")
         self.mode = mode
         self.rescale = rescale
-        self._model = model
+        # Weakly, or a model that wears experts would keep itself alive through the table of those that do.
+        self._model = weakref.ref(model)
         self._backend = backend
         self._lock = threading.RLock()
         self._on: list[_Worn] | None = None
         self._weights: dict[str, float] = {}
-        loaded = {
-            str(name): each if isinstance(each, ModelExpert) else load(Path(each).expanduser())
-            for name, each in experts.items()
-        }
+        loaded = {str(name): each if isinstance(each, ModelExpert) else load(each) for name, each in experts.items()}
         self.experts: dict[str, About] = {name: each.about for name, each in loaded.items()}
         self._check_one_base()
         self._bound: list[_Bound] = []
-        places = self._bind(loaded)
+        places = self._bind(model, loaded)
         bases = None if base is None else self._read_base(base, loaded, places)
         # expert -> place of the tensor -> what is put there
         self._held: dict[str, dict[int, tuple[Expert, Tensor | None]]] = {}
@@ -191,22 +190,46 @@ class ExpertSet:
     def put_back(self) -> None:
         """Write the old bits back at the places of the experts, whatever stands there now; the rest stays changed.
 
-        For a model whose weights were changed while it wore experts, which `switch` and `active` refuse to touch.
+        For a model whose weights were changed while it wore experts, which `switch` and `active` refuse to touch. Where
+        it was moved or converted (.to(), .half()), so are the old values. A parameter that was replaced by one with
+        other values is left alone.
+        Errors: ArgumentError where a parameter has become something else; nothing is written then.
         """
         with self._lock:
+            model = self._model()
+            present = {} if model is None else _named(model)
+            theirs = {id(x) for x in present.values()}
+            back = []
             for worn in self._on or []:
+                targets = [
+                    bound.owner if id(bound.owner) in theirs else present.get(bound.name, bound.owner)
+                    for bound in worn.bound
+                ]
+                for bound, then, now in zip(worn.bound, worn.tensors, targets, strict=True):
+                    _check_like(bound.name, then, now)
+                # A module that is moved keeps its parameters, with other memory, but gets new buffers.
+                others = {
+                    part.of
+                    for part in worn.parts
+                    if targets[part.of] is not worn.bound[part.of].owner
+                    and not _holds(targets[part.of], worn.tensors[part.of], part.columns)
+                }
                 for (first, end), part in zip(saved_layout(worn.tensors, worn.parts), worn.parts, strict=True):
-                    x = worn.tensors[part.of]
-                    old = worn.saved[first:end].view(x.dtype).view(part.columns.shape)
-                    rows = x.view(part.columns.shape[0], -1)
-                    put_back(Expert(rows.shape, part.columns, old), rows)
+                    old = worn.saved[first:end].view(worn.tensors[part.of].dtype).view(part.columns.shape)
+                    if part.of not in others:
+                        back.append((targets[part.of].detach(), part.columns, old))
+            for now, columns, old in back:
+                _overwrite(now, columns, old)
             self._forget()
 
     # -- putting on and taking off
 
     def _put(self, weights: Mapping[str, float]) -> None:
         self._check_names(weights)
-        other = _WEARING.get(self._model)
+        model = self._model()
+        if model is None:
+            raise ArgumentError("the model of this set is gone; make a new ExpertSet for the one that is used now.")
+        other = _WEARING.get(model)
         if other is not None:
             whose = "already" if other is self else "of another ExpertSet"
             raise ArgumentError(
@@ -225,7 +248,7 @@ class ExpertSet:
             raise
         self._on = done
         self._weights = {name: weights[name] for name in self.names if weights.get(name, 0.0) != 0.0}
-        _WEARING[self._model] = self
+        _WEARING[model] = self
 
     def _gather(self, weights: Mapping[str, float]) -> Iterator[_Worn]:
         """The parts of these experts, tensor by tensor, for each device its own."""
@@ -243,7 +266,7 @@ class ExpertSet:
                     factor = weights[name] * (self.experts[name].mu if self.rescale else 1.0)
                     parts.append(expert.part(of, factor, base))
             tensors = [self._bound[at].tensor for at in places]
-            yield _Worn([self._bound[at].name for at in places], tensors, parts, torch.empty(0))
+            yield _Worn([self._bound[at] for at in places], tensors, parts, torch.empty(0))
 
     def _take(self) -> None:
         if self._on is None:
@@ -257,7 +280,7 @@ class ExpertSet:
                 at = next(number for number, count in enumerate(changed) if count)
                 raise ArgumentError(
                     f"weights have been changed while the model wore experts: {changed[at]} values of "
-                    f"{worn.names[at]!r} are not what was put there. Nothing was taken off; give them back their "
+                    f"{worn.bound[at].name!r} are not what was put there. Nothing was taken off; give them back their "
                     "values, or call put_back() to write the old bits over them."
                 )
         self._forget()
@@ -270,7 +293,9 @@ class ExpertSet:
     def _forget(self) -> None:
         self._on = None
         self._weights = {}
-        _WEARING.pop(self._model, None)
+        model = self._model()
+        if model is not None:
+            _WEARING.pop(model, None)
 
     def _check_names(self, weights: Mapping[str, float]) -> None:
         for name in weights:
@@ -278,11 +303,14 @@ class ExpertSet:
                 raise ArgumentError(f"there is no expert {name!r}; this set has {', '.join(self.names)}.")
 
     def _check_in_place(self, what: str) -> None:
+        model = self._model()
+        present = None if model is None else {id(x) for x in (*model.parameters(), *model.buffers())}
         for bound in self._bound:
-            if not bound.there:
+            if not bound.there or (present is not None and id(bound.owner) not in present):
                 raise ArgumentError(
                     f"the experts cannot be {what}: {bound.name!r} was moved or given other memory since the set was "
-                    "made (.to(), .data =); move the model first and then make a new ExpertSet."
+                    "made (.to(), .data =, load_state_dict(assign=True)); move the model first and then make a new "
+                    f"ExpertSet{'' if self._on is None else ', after put_back() if it wears experts now'}."
                 )
 
     # -- binding
@@ -297,10 +325,11 @@ class ExpertSet:
                     "experts of one set must be extracted with one base."
                 )
 
-    def _bind(self, loaded: Mapping[str, ModelExpert]) -> dict[str, dict[int, tuple[str, Expert]]]:
+    def _bind(
+        self, model: torch.nn.Module, loaded: Mapping[str, ModelExpert]
+    ) -> dict[str, dict[int, tuple[str, Expert]]]:
         """Each expert's tensors by the place of the model's tensor: a parameter under two names has one place."""
-        owners: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
-        owners |= dict(self._model.named_buffers(remove_duplicate=False))
+        owners = _named(model)
         places: dict[tuple[Any, ...], int] = {}
         result: dict[str, dict[int, tuple[str, Expert]]] = {}
         for name, whole in loaded.items():
@@ -326,6 +355,13 @@ class ExpertSet:
                     )
                 held.setdefault(at, (tensor_name, expert))
             result[name] = held
+        shared = sharing([bound.tensor for bound in self._bound])
+        if shared is not None:
+            one, other = (self._bound[at].name for at in shared)
+            raise ArgumentError(
+                f"{one!r} and {other!r} share memory in the model and are not one tensor: what experts put into one "
+                "would be taken for changed weights of the other. Make a copy of one of them first."
+            )
         return result
 
     def _fitting(self, name: str, tensor_name: str, expert: Expert, owner: Tensor | None) -> Tensor:
@@ -359,30 +395,66 @@ class ExpertSet:
     ) -> dict[str, dict[str, Tensor]]:
         """The base's values at the places of each expert; it is checked to be the one that they come from."""
         result: dict[str, dict[str, Tensor]] = {name: {} for name in loaded}
+        holders: dict[str, list[tuple[str, Expert]]] = {}
+        for name, held in places.items():
+            for tensor_name, expert in held.values():
+                holders.setdefault(tensor_name, []).append((name, expert))
         with ExitStack() as stack:
             source = source_of(base, "the base", stack)
-            wanted = {tensor_name for held in places.values() for tensor_name, _ in held.values()}
-            for tensor_name in sorted(wanted):
+            for tensor_name in sorted(holders):
                 values = _read_whole(source, tensor_name)
                 digest = blake3(values.view(-1).view(torch.uint8).numpy().data).hexdigest()
-                for name, held in places.items():
-                    for one, expert in held.values():
-                        if one != tensor_name:
-                            continue
-                        if self.experts[name].tensors[one].digest != digest:
-                            raise CheckpointError(
-                                f"{source.ref} is not the base that the expert {name!r} was extracted with: "
-                                f"{one!r} differs."
-                            )
-                        if self.mode == "replace":
-                            kept = expert.at(values)
-                            result[name][one] = kept.to(torch.float32) if kept.dtype == torch.float64 else kept
+                for name, expert in holders[tensor_name]:
+                    if self.experts[name].tensors[tensor_name].digest != digest:
+                        raise CheckpointError(
+                            f"{source.ref} is not the base that the expert {name!r} was extracted with: "
+                            f"{tensor_name!r} differs."
+                        )
+                    if self.mode == "replace":
+                        kept = expert.at(values)
+                        result[name][tensor_name] = kept.to(torch.float32) if kept.dtype == torch.float64 else kept
         return result
+
+
+def _named(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model, those that it has under several names under each of them."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return found | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _check_like(name: str, then: Tensor, now: Tensor) -> None:
+    """Old values can be put back into what a parameter has become."""
+    if now.shape != then.shape or not now.is_floating_point() or now.element_size() == 1:
+        raise ArgumentError(
+            f"the old values of {name!r} cannot be put back: it was {then.dtype}{list(then.shape)} and is "
+            f"{now.dtype}{list(now.shape)} now; load its weights again."
+        )
+
+
+def _rows(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The bits of a tensor's rows, a copy where it is not contiguous, and the columns for them, on its device."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return x.contiguous().view(columns.shape[0], -1).view(bits), columns.to(x.device).to(torch.int64)
+
+
+def _holds(now: Tensor, then: Tensor, columns: Tensor) -> bool:
+    """Whether a tensor has at these columns of its rows what another one has, in its own dtype."""
+    bits, places = _rows(now.detach(), columns)
+    others, _ = _rows(then.to(now.device, now.dtype), columns)
+    return torch.equal(bits.gather(1, places), others.gather(1, places))
+
+
+def _overwrite(x: Tensor, columns: Tensor, values: Tensor) -> None:
+    """Write values, [rows, k], at the columns of a tensor's rows, wherever it is and in its dtype."""
+    bits, places = _rows(x, columns)
+    bits.scatter_(1, places, values.to(x.device, x.dtype).view(bits.dtype))
+    if not x.is_contiguous():
+        x.copy_(bits.view(x.dtype).view(x.shape))
 
 
 def _read_whole(source: Source, name: str) -> Tensor:
     """One tensor of a model, on the CPU."""
-    info = source.tensors.get(name)
+    info = find(source, name)
     if info is None:
         raise CheckpointError(
             f"Tensor {name!r} of the experts is missing in {source.ref}; pass the base they come from."

@@ -11,6 +11,7 @@ from typing import Any
 
 from . import ops
 from .engine.checkpoint import open_checkpoint
+from .engine.sources import FLOATS
 from .errors import ArgumentError
 from .methods.fr import INCLUDE, RATIOS
 from .sizes import format_size
@@ -48,7 +49,9 @@ def filtered(checkpoint: str, ratio: float | None, mode: str, include: Sequence[
     if mode not in RATIOS:
         raise ArgumentError(f"--mode must be {' or '.join(RATIOS)}, not {mode!r}.")
     with open_checkpoint(checkpoint) as opened:
-        shapes = {name: info.shape for name, info in opened.tensors.items()}
+        count = len(opened.tensors)
+        # What is no floating-point number is not merged, such as an index of relative positions in attention.
+        shapes = {name: info.shape for name, info in opened.tensors.items() if info.dtype in FLOATS}
     wanted = {
         name: shape
         for name, shape in shapes.items()
@@ -58,7 +61,7 @@ def filtered(checkpoint: str, ratio: float | None, mode: str, include: Sequence[
         matrices = [name for name, shape in shapes.items() if len(shape) == 2]
         example = f", such as {matrices[0]}" if matrices else ""
         raise ArgumentError(
-            f"{checkpoint} has no matrix that is filtered: {len(matrices)} of its {len(shapes)} tensors are "
+            f"{checkpoint} has no matrix that is filtered: {len(matrices)} of its {count} tensors are "
             f"matrices{example}; name those that are meant with --include."
         )
     chosen = RATIOS[mode] if ratio is None else ratio

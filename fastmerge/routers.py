@@ -46,12 +46,14 @@ def soft(
     """Weights by softmax of scores / temperature; those below `least` are left out, and the others add up to 1 again.
 
     scores: one for each of `names`. The highest one stays, however small its weight is.
-    Errors: ArgumentError where they are not as many, or NaN, or the temperature is not positive.
+    Errors: ArgumentError where they are not as many, NaN or all -inf, or the temperature is not positive.
     """
     if not temperature > 0:
         raise ArgumentError(f"temperature={temperature} is not positive; pass one such as 1.0.")
     values = _checked(scores, names)
     top = max(values)
+    if top == -math.inf:
+        raise ArgumentError("all scores are -inf, so no expert is left to weigh; leave at least one of them finite.")
     shares = [math.exp((value - top) / temperature) if value > -math.inf else 0.0 for value in values]
     total = sum(shares)
     weights = {name: share / total for name, share in zip(names, shares, strict=True)}
@@ -88,6 +90,7 @@ class MLPRouter(torch.nn.Module):
         if not names or len(set(names)) < len(names):
             raise ArgumentError("names must be the experts' names, each once.")
         self.names = list(names)
+        self.width = width
         self.layers = torch.nn.Sequential(
             torch.nn.LayerNorm(width),
             torch.nn.Linear(width, inner),
@@ -114,7 +117,7 @@ class MLPRouter(torch.nn.Module):
 
         hidden: [batch, length, width] with its mask, or what `pool` made of it.
         """
-        scores = self(pool(hidden, mask) if hidden.dim() == 3 else hidden)
+        scores = self(self._rows("hidden", pool(hidden, mask) if hidden.dim() == 3 else hidden))
         if mixed:
             return [soft(row, self.names, temperature=temperature, least=least) for row in scores]
         return [hard(row, self.names) for row in scores]
@@ -128,13 +131,15 @@ class MLPRouter(torch.nn.Module):
         not millions.
         """
         numbers = (
-            labels.to(torch.long)
+            self._numbers(labels)
             if isinstance(labels, Tensor)
             else torch.tensor([self._number(label) for label in labels], dtype=torch.long)
         )
-        if len(numbers) != len(pooled):
-            raise ArgumentError(f"labels has {len(numbers)} entries for {len(pooled)} rows; pass one for each.")
-        rows = pooled.detach().to(torch.float32)
+        rows = self._rows("pooled", pooled).detach().to(torch.float32)
+        if len(numbers) != len(rows):
+            raise ArgumentError(f"labels has {len(numbers)} entries for {len(rows)} rows; pass one for each.")
+        if not len(rows):
+            raise ArgumentError("pooled has no rows; a router needs requests whose experts are known to learn from.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for layer in self.layers:
@@ -149,6 +154,24 @@ class MLPRouter(torch.nn.Module):
         with torch.no_grad():
             return float((self(rows).argmax(dim=1).cpu() == numbers.cpu()).to(torch.float32).mean())
 
+    def _rows(self, argument: str, pooled: Tensor) -> Tensor:
+        if pooled.dim() != 2 or pooled.shape[1] != self.width:
+            raise ArgumentError(
+                f"{argument} has shape {list(pooled.shape)}; this router takes pooled hidden states "
+                f"[batch, {self.width}], which pool() makes."
+            )
+        return pooled
+
+    def _numbers(self, labels: Tensor) -> Tensor:
+        if labels.is_floating_point() or labels.dim() != 1:
+            raise ArgumentError(
+                f"labels is {labels.dtype}{list(labels.shape)}; pass one whole number, or one name, for each row."
+            )
+        wrong = labels[(labels < 0) | (labels >= len(self.names))]
+        if len(wrong):
+            raise ArgumentError(f"labels holds {int(wrong[0])}; there are {len(self.names)} experts, from 0 on.")
+        return labels.to(torch.long)
+
     def _number(self, label: str) -> int:
         if label not in self.names:
             raise ArgumentError(f"labels holds {label!r}, which is no expert; there are {', '.join(self.names)}.")
@@ -156,6 +179,8 @@ class MLPRouter(torch.nn.Module):
 
 
 def _checked(scores: Tensor | Sequence[float], names: Sequence[str]) -> list[float]:
+    if isinstance(scores, Tensor) and scores.dim() != 1:
+        raise ArgumentError(f"scores has shape {list(scores.shape)}; pass those of one request, one for each expert.")
     values = [float(value) for value in (scores.tolist() if isinstance(scores, Tensor) else scores)]
     if len(values) != len(names) or not values:
         raise ArgumentError(f"there are {len(values)} scores for {len(names)} experts; pass one for each.")

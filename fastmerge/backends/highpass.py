@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,16 +54,67 @@ def filtered(x: Tensor, out: Tensor, plan: HighpassPlan) -> None:
             run(matrix, target, plan)
 
 
+class _Precision:
+    """What torch's products of float32 numbers are computed in: one setting of the process, for each library.
+
+    Filters that run at the same time in several threads share the change: the last one takes it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._filters = 0
+        self._before: list[str] = []
+        self._for_all: str | None = None
+
+    @staticmethod
+    def _libraries() -> list[Any]:
+        """The settings by library, which torch has since 2.9; none of them before."""
+        found = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+        return [each for each in found if hasattr(each, "fp32_precision")]
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._filters == 0:
+                self._raise()
+            self._filters += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._filters -= 1
+            if self._filters == 0:
+                self._give_back()
+
+    def _raise(self) -> None:
+        self._before = [each.fp32_precision for each in self._libraries()]
+        try:
+            self._for_all = torch.get_float32_matmul_precision()
+        except RuntimeError:
+            # Torch refuses the one setting for all libraries once they have been set one by one.
+            self._for_all = None
+        if self._for_all is not None:
+            torch.set_float32_matmul_precision("highest")
+            return
+        for each in self._libraries():
+            each.fp32_precision = "ieee"
+
+    def _give_back(self) -> None:
+        if self._for_all is not None:
+            torch.set_float32_matmul_precision(self._for_all)
+        for each, before in zip(self._libraries(), self._before):
+            # "none" is what follows from the settings above; it is told like a value of the library's own.
+            for value in ("none", before):
+                if each.fp32_precision != before:
+                    each.fp32_precision = value
+
+
+_PRECISION = _Precision()
+
+
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Float32 products are float32 products."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with _PRECISION, torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _blocks(size: int, length: int, device: torch.device, least: int = 1) -> list[tuple[int, int]]:

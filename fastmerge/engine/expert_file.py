@@ -26,12 +26,13 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import torch
 
+from fastmerge.backends.rule import column_dtype
 from fastmerge.engine.atomic import AtomicFile, disk_error
 from fastmerge.engine.checkpoint import SafetensorsFile
 from fastmerge.engine.safetensors_header import Header, TensorInfo, parse_json, read_header
 from fastmerge.engine.sources import SAFETENSORS_NAMES, TORCH_DTYPES
 from fastmerge.errors import CheckpointError
-from fastmerge.ops.expert import SCOPES, Expert, rows_of
+from fastmerge.ops.expert import SCOPES, WIDEST, Expert, rows_of
 
 FORMAT = "fastmerge expert"
 VERSION = "1"
@@ -42,6 +43,7 @@ LONG = 255
 """A gap of at least this goes on in the next byte."""
 
 _ALIGNMENT = 8
+_ENTRIES = 1 << 18
 _PAGE = 4096
 _VALUES = ("BF16", "F16", "F32")
 _OFFSET_ROOM = 20
@@ -146,8 +148,26 @@ class ModelExpert:
 # -- gaps
 
 
+def _rows_at_once(k: int) -> int:
+    """How many rows are coded at a time, in whole groups: int64 numbers of all are many times their code."""
+    return max(1, _ENTRIES // max(1, k * ROWS_TOGETHER)) * ROWS_TOGETHER
+
+
 def encode(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Columns [rows, k], rising within each row, as gaps uint8[n] and starts int64[ceil(rows / 256)]."""
+    rows, k = columns.shape
+    step = _rows_at_once(k)
+    coded, starts = [np.empty(0, np.uint8)], [np.empty(0, np.int64)]
+    size = 0
+    for first in range(0, rows, step):
+        part, begins = _encoded(columns[first : first + step])
+        coded.append(part)
+        starts.append(begins + size)
+        size += part.size
+    return np.concatenate(coded), np.concatenate(starts)
+
+
+def _encoded(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows, k = columns.shape
     wide = columns.astype(np.int64)
     before = np.full((rows, 1), -1, np.int64)
@@ -162,7 +182,28 @@ def encode(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode(gaps: np.ndarray, starts: np.ndarray, rows: int, k: int, width: int) -> np.ndarray:
-    """The inverse of `encode`: columns int64[rows, k]. ValueError, in a few words, where the code is broken."""
+    """The inverse of `encode`: columns [rows, k], uint16, or int32 where rows are wider than 65536.
+
+    ValueError, in a few words, where the code is broken.
+    """
+    dtype = np.uint16 if column_dtype(width) == torch.uint16 else np.int32
+    step = _rows_at_once(k)
+    if rows <= step:
+        return _decoded(gaps, starts, rows, k, width, last=True).astype(dtype)
+    places = np.append(starts, gaps.size)
+    if places[0] != 0 or (places[1:] < places[:-1]).any():
+        raise ValueError("starts that are not where rows begin")
+    columns = np.empty((rows, k), dtype)
+    for first in range(0, rows, step):
+        stop = min(first + step, rows)
+        groups = slice(first // ROWS_TOGETHER, -(-stop // ROWS_TOGETHER))
+        begin, end = places[groups.start], places[groups.stop]
+        own = starts[groups] - begin
+        columns[first:stop] = _decoded(gaps[begin:end], own, stop - first, k, width, last=stop == rows)
+    return columns
+
+
+def _decoded(gaps: np.ndarray, starts: np.ndarray, rows: int, k: int, width: int, *, last: bool) -> np.ndarray:
     ends = np.flatnonzero(gaps != LONG)
     if ends.size != rows * k:
         raise ValueError(f"{ends.size} positions in place of {rows * k}")
@@ -171,7 +212,7 @@ def decode(gaps: np.ndarray, starts: np.ndarray, rows: int, k: int, width: int) 
         raise ValueError(f"{tail} bytes after the last position")
     first = np.arange(0, rows, ROWS_TOGETHER) * k
     places = np.concatenate([[0], ends + 1])[first]
-    if not np.array_equal(places, starts):
+    if not np.array_equal(places, starts) or (tail and not last):
         raise ValueError("starts that are not where rows begin")
     if not ends.size:
         return np.zeros((rows, k), np.int64)
@@ -325,20 +366,16 @@ class ExpertFile:
         """What is kept of one tensor. CheckpointError: the file is damaged."""
         about = self.about.tensors[name]
         rows, width = rows_of(about.shape)
-        narrow = width <= 1 << 16
         values = torch.empty(rows, about.k, dtype=TORCH_DTYPES[about.dtype])
         if not about.entries:
-            return Expert(
-                about.shape, torch.empty(rows, about.k, dtype=torch.uint16 if narrow else torch.int32), values
-            )
+            return Expert(about.shape, torch.empty(rows, about.k, dtype=column_dtype(width)), values)
         gaps, starts, stored = self._entries[name]
         self._source.read_into(stored, 0, memoryview(values.view(torch.uint8).numpy().data).cast("B"))
         try:
             columns = decode(self._array(gaps, np.uint8), self._array(starts, np.int64), rows, about.k, width)
         except ValueError as error:
             raise CheckpointError(f"Tensor {name!r} in {self.path} has {error}; {_AGAIN}.") from None
-        kept = torch.from_numpy(columns.astype(np.uint16 if narrow else np.int32))
-        return Expert(about.shape, kept, values)
+        return Expert(about.shape, torch.from_numpy(columns), values)
 
     def load(self) -> ModelExpert:
         """All of it."""
@@ -385,6 +422,8 @@ def _check_tensor(path: Path, name: str, about: TensorAbout) -> None:
     whole = all(isinstance(side, int) and not isinstance(side, bool) and side >= 0 for side in about.shape)
     if (
         not whole
+        or math.prod(max(side, 1) for side in about.shape) >= 1 << 63
+        or rows_of(about.shape)[1] > WIDEST
         or not isinstance(about.k, int)
         or isinstance(about.k, bool)
         or not isinstance(about.digest, str)

@@ -90,13 +90,17 @@ def pieces(
         rows, width = rows_of(inputs[0][1].shape)
         most = max(TORCH_DTYPES[info.dtype].itemsize for _, info in inputs)
         together = max(1, piece_bytes // max(1, width * most))
+        # Flat, once: what does not lie in one piece is copied whole for that.
+        lent = [source.view(info) if isinstance(source, StateDictSource) else None for source, info in inputs]
         hasher = blake3()
         for first in range(0, max(rows, 1), together):
             count = min(together, rows - first)
             ring.next()
             tensors = []
             for number, (source, info) in enumerate(inputs):
-                raw = _read(ring, number, source, info, first * width, count * width)
+                flat, start = lent[number], first * width
+                stop = start + count * width
+                raw = _read(ring, number, source, info, start, stop - start) if flat is None else flat[start:stop]
                 if digests and number == 0:
                     hasher.update(raw.cpu().view(torch.uint8).numpy().data)
                 tensors.append(raw.view(count, width))
@@ -105,9 +109,7 @@ def pieces(
 
 
 def _read(ring: _Ring, number: int, source: Source, info: TensorInfo, start: int, count: int) -> Tensor:
-    """Elements of a tensor, flat: read, or lent where they are in memory."""
-    if isinstance(source, StateDictSource):
-        return source.view(info)[start : start + count]
+    """Elements of a tensor in a file, flat."""
     dtype = TORCH_DTYPES[info.dtype]
     memory = ring.memory(number, count * dtype.itemsize)
     source.read_into(info, start * dtype.itemsize, memory.numpy().data)

@@ -96,7 +96,7 @@ def match_models(base: Source | None, models: Sequence[Source], exclude: Callabl
 
 def _match(name: str, base: Source | None, models: Sequence[Source], excluded: bool) -> Match:
     sources = list(models) if base is None else [base, *models]
-    found = [_find(source, name) for source in sources]
+    found = [find(source, name) for source in sources]
     first = next(info for info in found if info is not None)
     if first.dtype not in FLOATS or (None in found and _DERIVED.match(name)):
         present = [Input(source, info) for source, info in zip(sources, found, strict=True) if info is not None]
@@ -148,7 +148,7 @@ def _is_copy(source: Source, head: str) -> bool:
     return source.tied is True or source.same(head, embedding.name)
 
 
-def _find(source: Source, name: str) -> TensorInfo | None:
+def find(source: Source, name: str) -> TensorInfo | None:
     """The tensor, or the embedding where it is a tied head that is not stored."""
     info = source.tensors.get(name)
     if info is None and _HEAD.match(name) and source.tied is not False and source.config is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from ._library import define
 
 SCOPES = ("row",)
 WIDEST = (1 << 31) - 1
+_LARGEST = torch.finfo(torch.float32).max
 
 _PARTS = "int[] of, Tensor[] columns, Tensor[] values, float[] scales, Tensor[] bases"
 _PART_FIELDS = 5
@@ -28,12 +30,26 @@ def rows_of(shape: Sequence[int]) -> tuple[int, int]:
     return (math.prod(shape[:-1]) if width else 0), width
 
 
+def sharing(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    """Two of these contiguous tensors, by number, whose memory overlaps; None where each has its own."""
+    spans = sorted((str(x.device), x.data_ptr(), x.nbytes, t) for t, x in enumerate(tensors) if x.numel())
+    for (device, start, nbytes, one), (other_device, other_start, _, other) in itertools.pairwise(spans):
+        if device == other_device and other_start < start + nbytes:
+            return min(one, other), max(one, other)
+    return None
+
+
 # -- schema, kernel, fake --------------------------------------------------------------------------------------------
+
+
+def _check_dtype(dtype: Any) -> None:
+    if dtype not in _checks.KERNEL_DTYPES:
+        raise ArgumentTypeError(f"dtype={dtype!r} is none that values are kept in; use float32, bfloat16 or float16.")
 
 
 def _extract_checks(base: Tensor | None, x: Tensor, k: int, dtype: torch.dtype) -> tuple[int, int]:
     _checks.models(base, [x])
-    _checks.kernel_out_dtype(dtype)
+    _check_dtype(dtype)
     rows, width = rows_of(x.shape)
     if not 0 <= k <= width:
         raise ArgumentError(f"k={k} is out of range for rows of {width} elements; pass 0 <= k <= {width}.")
@@ -68,6 +84,15 @@ _extract_op = define(
 
 def _flat(parts: Sequence[ExpertPart]) -> tuple[Any, ...]:
     """The parts as the arguments that _PARTS names."""
+    for part in parts:
+        if not isinstance(part, ExpertPart):
+            raise ArgumentTypeError(
+                f"parts holds {type(part).__name__}, not ExpertPart; expert.part(i) makes one of an Expert for the "
+                "tensor at place i."
+            )
+        # NaN is not smaller, either.
+        if not abs(part.scale) <= _LARGEST:
+            raise ArgumentError(f"scale={part.scale} is not finite in float32; pass one of at most {_LARGEST:g}.")
     bases = [part.base for part in parts if part.base is not None]
     if bases and len(bases) < len(parts):
         raise ArgumentError("some parts have the base's values and others have not; give them to all or to none.")
@@ -120,6 +145,15 @@ def _parts(tensors: Sequence[Tensor], flat: Sequence[Any]) -> list[ExpertPart]:
 def _apply(tensors: list[Tensor], *rest: Any) -> Tensor:
     *flat, backend = rest
     parts = _parts(tensors, flat)
+    worn = sorted({part.of for part in parts})
+    shared = sharing([tensors[t] for t in worn])
+    if shared is not None:
+        # Whichever was changed last would be taken for the other one's changed values.
+        one, other = (worn[t] for t in shared)
+        raise ArgumentError(
+            f"tensors[{one}] and tensors[{other}] share memory, so their old bits could not be put back; pass a tensor "
+            "that has two names once."
+        )
     saved: Tensor = backends.resolve(backend, tensors[0].device).expert_apply_(tensors, parts)
     return saved
 
@@ -330,6 +364,8 @@ def extract_expert(
     x = _checks.input_tensor("delta", delta)
     reference = None if base is None else _checks.input_tensor("base", base)
     k = expert_k(rows_of(x.shape)[1], keep)
+    if dtype is not None:
+        _check_dtype(dtype)
     columns, values = _extract_op(reference, x, k, x.dtype if dtype is None else dtype, backend)
     return Expert(x.shape, columns, values)
 

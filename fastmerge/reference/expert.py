@@ -96,6 +96,14 @@ def applied(x: Tensor, parts: Sequence[Any]) -> Tensor:
     return torch.where(touched, canonical_nan(total.to(x.dtype)), x.reshape(-1))
 
 
+def _by_tensor(parts: Sequence[Any], places: Sequence[tuple[int, int]]) -> dict[int, list[tuple[Any, int, int]]]:
+    """Each tensor's parts, with first byte and end of their old bits. A model of experts has ten thousand tensors."""
+    found: dict[int, list[tuple[Any, int, int]]] = {}
+    for part, (first, end) in zip(parts, places):
+        found.setdefault(part.of, []).append((part, first, end))
+    return found
+
+
 def expert_apply_(tensors: list[Tensor], parts: list[Any]) -> Tensor:
     """Put the parts onto their tensors; the old bits, uint8, each part's where `saved_layout` says."""
     places = saved_layout(tensors, parts)
@@ -103,10 +111,9 @@ def expert_apply_(tensors: list[Tensor], parts: list[Any]) -> Tensor:
     for (first, end), part in zip(places, parts):
         x = tensors[part.of]
         saved[first:end] = _bits(x)[_at(x, part.columns)].view(torch.uint8)
-    for number, x in enumerate(tensors):
-        own = [part for part in parts if part.of == number]
-        if own:
-            _bits(x).copy_(_bits(applied(x, own)))
+    for number, own in _by_tensor(parts, places).items():
+        x = tensors[number]
+        _bits(x).copy_(_bits(applied(x, [part for part, _, _ in own])))
     return saved
 
 
@@ -117,16 +124,15 @@ def expert_revert_(tensors: list[Tensor], parts: list[Any], saved: Tensor) -> Te
     """
     places = saved_layout(tensors, parts)
     changed = torch.zeros(len(tensors), dtype=torch.int64, device=saved.device)
-    before = []
-    for number, x in enumerate(tensors):
-        old = _bits(x).clone()
-        own = [(place, part) for place, part in zip(places, parts) if part.of == number]
-        for (first, end), part in own:
-            old[_at(x, part.columns)] = saved[first:end].view(old.dtype)
-        whole = old.view(x.dtype).view(x.shape)
-        changed[number] = (_bits(applied(whole, [part for _, part in own])) != _bits(x)).sum()
-        before.append(old)
+    for number, own in _by_tensor(parts, places).items():
+        x = tensors[number]
+        old = x.clone()
+        for part, first, end in own:
+            _bits(old)[_at(x, part.columns)] = saved[first:end].view(_BITS[x.element_size()])
+        changed[number] = (_bits(applied(old, [part for part, _, _ in own])) != _bits(x)).sum()
     if not bool(changed.any()):
-        for x, old in zip(tensors, before):
-            _bits(x).copy_(old)
+        # Only the old bits are at hand, no second copy of all tensors: they may fill a GPU.
+        for (first, end), part in zip(places, parts):
+            x = tensors[part.of]
+            _bits(x)[_at(x, part.columns)] = saved[first:end].view(_BITS[x.element_size()])
     return changed

@@ -106,6 +106,7 @@ def test_include_and_exclude(run: Run, family: Path) -> None:
         (("apply", "two", "base/model.safetensors", "-o", "w"), "is not an expert"),
         (("apply", "two", "one.safetensors", "-o", "base"), "not empty"),
         (("apply", "two", "one.safetensors", "-o", "w", "--scale", "nan"), "not finite"),
+        (("apply", "two", "one.safetensors", "-o", "w", "--scale", "1e39"), "not finite in float32"),
         (("apply", "small", "one.safetensors", "-o", "w"), "belongs to|of another model"),
         (("remove", "two", "-o", "w"), "expert.restore does not exist"),
         (("remove", "two", "-o", "w", "--restore", "one.safetensors"), "is an expert, not the old bits"),

@@ -70,6 +70,16 @@ def test_patterns_choose_and_only_matrices_are_taken(model: Path, capsys: pytest
     assert sorted(names) == ["model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"]
 
 
+def test_what_is_not_merged_is_not_filtered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = {
+        "layers.0.attn.relative_position_index": torch.zeros(49, 49, dtype=torch.int64),
+        "layers.0.attn.qkv.weight": torch.zeros(96, 32),
+    }
+    save_model(tmp_path / "swin", tensors)
+    report = told(tmp_path / "swin", capsys)
+    assert [each["name"] for each in report["weights"]] == ["layers.0.attn.qkv.weight"]  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

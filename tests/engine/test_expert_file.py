@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -38,9 +40,13 @@ def columns(draw: st.DrawFn) -> tuple[np.ndarray, int]:
     return np.array(picked, dtype=np.int64).reshape(rows, k), width
 
 
-@given(case=columns(), padding=st.integers(0, 7))
-def test_gaps_are_decoded_to_what_was_encoded(case: tuple[np.ndarray, int], padding: int) -> None:
-    kept, width = case
+@given(case=columns(), padding=st.integers(0, 7), together=st.sampled_from((1, 600, 1 << 18)))
+def test_gaps_are_decoded_to_what_was_encoded(case: tuple[np.ndarray, int], padding: int, together: int) -> None:
+    with patch.object(expert_file, "_ENTRIES", together):
+        check_gaps(*case, padding)
+
+
+def check_gaps(kept: np.ndarray, width: int, padding: int) -> None:
     rows, k = kept.shape
     gaps, starts = encode(kept)
     assert gaps.dtype == np.uint8 and len(starts) == -(-rows // 256)
@@ -51,6 +57,27 @@ def test_gaps_are_decoded_to_what_was_encoded(case: tuple[np.ndarray, int], padd
         stop = starts[number + 1] if number + 1 < len(starts) else len(gaps)
         alone = decode(gaps[start:stop], np.zeros(1, np.int64), end - first, k, width)
         assert np.array_equal(alone, kept[first:end])
+
+
+def test_what_coding_takes_is_a_few_times_the_code() -> None:
+    """An embedding has tens of millions of kept elements: int64 numbers of all of them would fill the memory."""
+    rows, k = 1 << 17, 8
+    kept = np.tile(np.arange(k, dtype=np.uint16) * 300, (rows, 1))
+    tracemalloc.start()
+    try:
+        gaps, starts = encode(kept)
+        assert tracemalloc.get_traced_memory()[1] < 20 * rows * k
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        assert np.array_equal(decode(gaps, starts, rows, k, 3000), kept)
+        assert tracemalloc.get_traced_memory()[1] - before < 20 * rows * k
+    finally:
+        tracemalloc.stop()
+    for place, value in ((1, 3), (2, -1), (500, 1 << 40)):
+        broken = starts.copy()
+        broken[place] = value
+        with pytest.raises(ValueError, match="starts|positions|beyond"):
+            decode(gaps, broken, rows, k, 3000)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +194,9 @@ def said(key: str, value: str | None) -> Any:
         (in_list("a", 1, 3000), "what cannot be"),
         (in_list("a", 1, "20"), "what cannot be"),
         (in_list("a", 0, [300, -2]), "what cannot be"),
+        (in_list("a", 0, [10**30, 2000]), "what cannot be"),
+        (in_list("scale", 0, [0, 1 << 40, 1 << 40]), "what cannot be"),
+        (in_list("none", 0, [0, 1 << 31]), "what cannot be"),
         (in_list("a", 2, "I64"), "what cannot be"),
         (in_list("a", 1, 19), "other sizes"),
     ],

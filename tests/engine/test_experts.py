@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import random
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastmerge import experts, ops
 from fastmerge.engine import expert_model
 from fastmerge.engine.ahead import ahead
+from fastmerge.engine.safetensors_header import TensorInfo
+from fastmerge.engine.sources import StateDictSource
 from fastmerge.errors import ArgumentError, ArgumentTypeError, CheckpointError, FastmergeError
 from fastmerge.experts import ExpertSet, ModelExpert
 from tests.engine.small_family import Tensors, family, save_family
@@ -153,6 +159,42 @@ def test_gradients_and_inference_mode_do_not_matter(setting: Setting) -> None:
     assert all(parameter.requires_grad for parameter in setting.model.parameters())
 
 
+def test_files_of_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = save_family(tmp_path, *family(models=1))
+    experts.extract_to_file(*paths, "~/one.safetensors", keep=0.1)
+    assert experts.describe("~/one.safetensors")["kept"] > 0
+    assert experts.load("~/one.safetensors").nbytes > 0
+
+
+def test_the_base_may_tie_the_head_that_the_model_has_of_its_own(tmp_path: Path) -> None:
+    """Its file has no head; what it stands for is the embedding, as it was when the expert was extracted."""
+    torch.manual_seed(0)
+
+    class Untied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed_tokens = nn.Embedding(40, 60)
+            self.lm_head = nn.Linear(60, 40, bias=False)
+
+    model = Untied()
+    embedding = model.embed_tokens.weight.detach().clone()
+    for name, tied, tensors in (
+        ("base", True, {"embed_tokens.weight": embedding}),
+        ("tuned", False, {name: embedding + 0.1 * torch.randn(40, 60) for name in model.state_dict()}),
+    ):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+    file = tmp_path / "expert.safetensors"
+    experts.extract_to_file(tmp_path / "base", tmp_path / "tuned", file, keep=0.1)
+    expert = experts.load(file).tensors["lm_head.weight"]
+    worn = ExpertSet(model, {"one": file}, mode="replace", base=tmp_path / "base", rescale=False)
+    with worn.active("one"):
+        expected = torch.where(expert.dense() != 0, embedding, model.lm_head.weight.detach()) + expert.dense()
+        assert torch.equal(model.lm_head.weight.detach(), expected)
+
+
 def test_files_and_objects_can_be_mixed(setting: Setting, tmp_path: Path) -> None:
     base, models = family(models=2)
     paths = save_family(tmp_path, base, models)
@@ -189,6 +231,35 @@ def test_pieces_do_not_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     experts.apply_to_checkpoint(paths[1], tmp_path / "e", tmp_path / "worn2")
     manifests = [(tmp_path / name / "manifest.json").read_text() for name in ("worn", "worn2")]
     assert manifests[0] == manifests[1]
+
+
+def test_the_card_says_how_to_do_it_again(tmp_path: Path) -> None:
+    paths = save_family(tmp_path / "my models", *family(models=1))
+    file, worn, moved = tmp_path / "e", tmp_path / "worn", tmp_path / "old bits"
+    experts.extract_to_file(*paths, file, keep=0.1)
+    experts.apply_to_checkpoint(paths[1], file, worn, scale=0.5, rescale=False)
+    (worn / "expert.restore").rename(moved)
+    experts.remove_from_checkpoint(worn, tmp_path / "back", restore=moved)
+    for folder, command in (
+        (worn, f"apply '{paths[1]}' {file} -o {worn} --scale 0.5 --no-rescale"),
+        (tmp_path / "back", f"remove {worn} -o {tmp_path / 'back'} --restore '{moved}'"),
+    ):
+        assert f"fastmerge expert {command}\n" in (folder / "README.md").read_text()
+
+
+def test_a_tensor_that_does_not_lie_in_one_piece_is_copied_once() -> None:
+    class Counted(StateDictSource):
+        views = 0
+
+        def view(self, info: TensorInfo) -> Tensor:
+            self.views += 1
+            return super().view(info)
+
+    x = torch.randn(50, 40).T
+    source = Counted("model", {"w": x})
+    found = list(expert_model.pieces([("w", [(source, source.tensors["w"])])], digests=True, piece_bytes=1000))
+    assert len(found) > 5 and source.views == 1
+    assert torch.equal(torch.cat([piece.tensors[0] for piece in found]), x)
 
 
 class TestRefusals:
@@ -242,6 +313,21 @@ class TestRefusals:
             ExpertSet(Tiny(torch.float64), self.given)
         with pytest.raises(ArgumentTypeError, match="meta"):
             ExpertSet(Tiny().to("meta"), self.given)
+
+    def test_tensors_that_overlap_without_being_one(self) -> None:
+        """A fused matrix and a view of some of its rows: neither's old bits could be put back."""
+
+        class Fused(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.register_buffer("qkv", torch.randn(6, 10))
+                self.register_buffer("key", self.qkv[2:4])
+
+        model = Fused()
+        base = state(model)
+        expert = experts.extract_expert(base, tuned(base, 0, tied=False), keep=0.5)
+        with pytest.raises(ArgumentError, match="'qkv' and 'key' share memory"):
+            ExpertSet(model, {"one": expert})
 
     def test_names_and_weights(self) -> None:
         worn = ExpertSet(self.model, self.given)
@@ -310,6 +396,53 @@ class TestRefusals:
             worn.switch("math")
         self.setting.unchanged()
 
+    @pytest.mark.parametrize("dtype", [bf16, torch.float32, torch.float64])
+    def test_the_old_bits_are_put_back_where_the_model_was_moved_to(self, dtype: torch.dtype) -> None:
+        worn = ExpertSet(self.model, self.given)
+        with pytest.raises(ArgumentError, match=r"put_back\(\)"), worn.active("math"):
+            self.model.to(dtype)
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.clone()
+            self.model.up.weight.data = self.model.up.weight.data.T.contiguous().T
+        assert worn.on == {"math": 1.0}
+        worn.put_back()
+        assert worn.on == {}
+        for name, x in state(self.model).items():
+            assert torch.equal(x, self.setting.before[name].to(dtype)) and x.dtype == dtype
+
+    def test_weights_that_were_loaded_in_their_place_are_left_alone(self) -> None:
+        worn = ExpertSet(self.model, self.given)
+        worn.switch({"math": 1.0, "code": 1.0})
+        loaded = {name: x + 1 for name, x in self.setting.before.items()}
+        self.model.load_state_dict(loaded, assign=True)
+        with pytest.raises(ArgumentError, match="cannot be taken off"):
+            worn.switch(None)
+        worn.put_back()
+        assert worn.on == {}
+        for name, x in state(self.model).items():
+            assert torch.equal(x, loaded[name])
+
+    def test_the_old_bits_of_what_has_become_something_else(self) -> None:
+        worn = ExpertSet(self.model, self.given)
+        worn.switch("math")
+        now = state(self.model)
+        self.model.norm.bias.data = torch.zeros(61, dtype=bf16)
+        with pytest.raises(ArgumentError, match=r"'norm.bias' cannot be put back: it was torch.bfloat16\[60\]"):
+            worn.put_back()
+        assert torch.equal(self.model.up.weight, now["up.weight"]) and worn.on == {"math": 1.0}
+
+    def test_a_parameter_that_was_replaced(self) -> None:
+        """Experts put onto the old one would not be seen by the model."""
+        worn = ExpertSet(self.model, self.given)
+        self.model.load_state_dict(self.setting.before, assign=True)
+        with pytest.raises(ArgumentError, match="was moved or given other memory"):
+            worn.switch("math")
+        worn = ExpertSet(self.model, self.given)
+        self.model.up = nn.Linear(60, 90, dtype=bf16)
+        with pytest.raises(ArgumentError, match=r"'up\.\w+' was moved or given other memory"):
+            worn.switch("math")
+        assert worn.on == {}
+
     def test_a_failure_on_the_way_leaves_the_model_as_it_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
         worn = ExpertSet(self.model, self.given)
         monkeypatch.setattr(experts, "expert_apply_", lambda *args, **options: (_ for _ in ()).throw(MemoryError()))
@@ -320,6 +453,19 @@ class TestRefusals:
         worn.switch("math")
         worn.switch(None)
         self.setting.unchanged()
+
+
+def test_a_model_that_wears_experts_can_be_dropped() -> None:
+    setting = Setting()
+    worn = ExpertSet(setting.model, setting.experts)
+    worn.switch("math")
+    gone = weakref.ref(setting.model)
+    del setting.model
+    gc.collect()
+    assert gone() is None and not experts._WEARING
+    worn.switch(None)
+    with pytest.raises(ArgumentError, match="the model of this set is gone"):
+        worn.switch("code")
 
 
 def test_reading_ahead_hands_errors_on_and_can_be_left_early() -> None:

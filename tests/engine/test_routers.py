@@ -34,6 +34,10 @@ def test_scores_that_are_no_scores() -> None:
         for route in (hard, soft):
             with pytest.raises(ArgumentError, match=message):
                 route(wrong, NAMES)
+    with pytest.raises(ArgumentError, match="all scores are -inf"):
+        soft([-math.inf] * 3, NAMES)
+    with pytest.raises(ArgumentError, match=r"scores has shape \[1, 3\]"):
+        hard(torch.zeros(1, 3), NAMES)
     with pytest.raises(ArgumentError, match="temperature"):
         soft([1.0, 2.0, 3.0], NAMES, temperature=0.0)
 
@@ -72,6 +76,18 @@ def test_what_a_router_cannot_learn_from() -> None:
         router.fit(torch.zeros(1, 4), ["math", "math"])
     with pytest.raises(ArgumentError, match="each once"):
         MLPRouter(["a", "a"], 4)
+    for pooled, labels, message in (
+        (torch.zeros(0, 4), [], "pooled has no rows"),
+        (torch.zeros(2, 3), ["math", "code"], r"pooled has shape \[2, 3\]; this router takes .* \[batch, 4\]"),
+        (torch.zeros(2, 5, 4), ["math", "code"], r"pooled has shape \[2, 5, 4\]"),
+        (torch.zeros(2, 4), torch.tensor([0, 3]), "labels holds 3; there are 3 experts"),
+        (torch.zeros(2, 4), torch.tensor([-1, 0]), "labels holds -1"),
+        (torch.zeros(2, 4), torch.tensor([0.5, 1.0]), "labels is torch.float32"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            router.fit(pooled, labels)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"hidden has shape \[4\]"):
+        router.route(torch.zeros(4))
 
 
 def test_any_function_of_a_request_is_a_router() -> None:

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastmerge
-from fastmerge import backends, ops
+from fastmerge import backends, methods, ops
+from fastmerge.engine.plan import make_plan
+from fastmerge.engine.sources import StateDictSource
 from fastmerge.errors import ArgumentError
 from fastmerge.merging import merge_checkpoints
 from fastmerge.methods.base import TensorContext
@@ -167,6 +169,19 @@ def test_the_dry_run_says_what_the_largest_matrix_takes(tmp_path: Path) -> None:
     assert plan.workspace >= 2 * 4 * 51 * 96
     assert "for the largest tensor" in "\n".join(plan.lines())
     assert json.loads(json.dumps(plan.describe()))["workspace"] == plan.workspace
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_the_room_beside_a_matrix_is_that_of_the_device(device: str) -> None:
+    """A GPU works on larger blocks, so that the filter takes more of its memory than of the host's."""
+    name = "layers.0.attn.weight"
+    base, tuned = (StateDictSource(which, {name: torch.empty(2000, 1000)}) for which in ("base", "tuned"))
+    method = methods.get("fr")
+    plan = make_plan(method, base, [tuned], lambda name: ({}, [{}]), budget=1 << 30, device=device)
+    context = plan.jobs[0].context
+    assert context is not None
+    own = ops.highpass_plan((2000, 1000), RATIOS["ideal"], device=device).workspace
+    assert method.workspace(context, 2_000_000) == 2 * 4 * 2_000_000 + own
 
 
 def test_a_matrix_that_does_not_fit_is_refused_before_anything_is_read(tmp_path: Path) -> None:

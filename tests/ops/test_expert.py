@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import random
+import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmerge import ops
 from fastmerge.errors import ArgumentError, ArgumentTypeError
 from fastmerge.ops.expert import rows_of
+from fastmerge.reference import expert as definition
 from tests import strategies
 from tests.numeric import assert_bitwise_equal, bits
 from tests.ops.running import configurations, each_backend, only
@@ -161,6 +166,48 @@ def test_the_definition_adds_in_float32_and_rounds_once(data: st.DataObject) -> 
                     assert_bitwise_equal(actual, old.reshape(rows, width)[row, column])
 
 
+class Walked(list[Any]):
+    """A list that counts how often it is walked through."""
+
+    walks = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.walks += 1
+        return super().__iter__()
+
+
+def test_the_definition_bears_models_of_many_tensors() -> None:
+    """GPUs run it: the list of parts is not walked for each tensor, and no second copy of the model is held."""
+    expert = ops.extract_expert(torch.randn(2, 100), 0.02)
+    tensors = [torch.zeros(2, 100) for _ in range(50)]
+    parts = Walked(expert.part(of) for of in range(50))
+    saved = definition.expert_apply_(tensors, parts)
+    with Held() as held:
+        assert not definition.expert_revert_(tensors, parts, saved).any()
+    assert all(not x.any() for x in tensors)
+    assert parts.walks < 10
+    assert held.most < 10 * tensors[0].nbytes
+
+
+class Held(TorchDispatchMode):
+    """How many bytes of new tensors are held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not any(result is given for given in args) and result._base is None:
+            self.now += result.nbytes
+            self.most = max(self.most, self.now)
+            weakref.finalize(result, self._gone, result.nbytes)
+        return result
+
+    def _gone(self, nbytes: int) -> None:
+        self.now -= nbytes
+
+
 @each_backend
 def test_rows_wider_than_16_bits(backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -280,6 +327,34 @@ class TestRefusals:
         with pytest.raises(ValueError, match="beyond its row"):
             ops.expert_apply_([x], [ops.ExpertPart(0, columns, self.expert.values, 1.0)], backend=backend)
         assert_bitwise_equal(x, self.x)
+
+    @each_backend
+    def test_tensors_that_share_memory(self, backend: str) -> None:
+        """Their old bits could not be put back, as each would be taken for the other's changed values."""
+        memory = torch.arange(36.0)
+        for other in (memory[:24], memory[6:30], memory[12:36]):
+            tensors = [memory[:24].view(4, 6), other.view(4, 6)]
+            with pytest.raises(ArgumentError, match=r"tensors\[0\] and tensors\[1\] share memory"):
+                ops.expert_apply_(tensors, [self.expert.part(0), self.expert.part(1)], backend=backend)
+            assert torch.equal(memory, torch.arange(36.0))
+            saved = ops.expert_apply_(tensors, [self.expert.part(1)], backend=backend)
+            assert not any(ops.expert_revert_(tensors, [self.expert.part(1)], saved, backend=backend))
+
+    @pytest.mark.parametrize("scale", [1e39, -1e300, math.inf, math.nan])
+    def test_a_scale_that_is_not_finite_in_float32(self, scale: float) -> None:
+        part = ops.ExpertPart(0, self.expert.columns, self.expert.values, scale)
+        with pytest.raises(ArgumentError, match="is not finite in float32"):
+            ops.expert_apply_([self.x], [part])
+        assert torch.equal(self.x, torch.arange(24.0).view(4, 6))
+
+    def test_an_expert_is_no_part(self) -> None:
+        with pytest.raises(ArgumentTypeError, match=r"holds Expert, not ExpertPart; expert\.part"):
+            ops.expert_apply_([self.x], [self.expert])  # type: ignore[list-item]
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, "bf16"])
+    def test_dtype(self, dtype: object) -> None:
+        with pytest.raises(ArgumentTypeError, match="^dtype="):
+            ops.extract_expert(self.x, 0.5, dtype=dtype)  # type: ignore[arg-type]
 
     def test_parts_that_do_not_fit(self) -> None:
         part = self.expert.part()

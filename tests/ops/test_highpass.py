@@ -218,6 +218,64 @@ def test_neither_autocast_nor_a_lower_precision_of_products_is_let_in() -> None:
             torch.set_float32_matmul_precision(before)
 
 
+def precisions() -> list[object]:
+    """All that torch says of the precision of products, settings that it refuses to tell included."""
+    cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    told: list[object] = [cuda.fp32_precision, mkldnn.fp32_precision]
+    for ask in (torch.get_float32_matmul_precision, lambda: cuda.allow_tf32):
+        try:
+            told.append(ask())
+        except RuntimeError:
+            told.append("refused")
+    return told
+
+
+@pytest.fixture
+def restored_precision() -> Iterator[None]:
+    """For tests that set torch's precisions by library."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("torch before 2.9 has one precision for all libraries, which the test above sets")
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for place in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.mkldnn, torch.backends):  # type: ignore[attr-defined]
+        place.fp32_precision = "none"
+
+
+@pytest.mark.usefixtures("restored_precision")
+@pytest.mark.parametrize(
+    "names", [[], ["cuda.matmul"], ["mkldnn.matmul"], ["mkldnn"], [""], ["cuda.matmul", "mkldnn.matmul"], ["allow"]]
+)
+def test_precisions_that_were_set_by_library_are_met_and_given_back(names: list[str]) -> None:
+    x = torch.randn(200, 100, generator=torch.Generator().manual_seed(3))
+    expected = ops.highpass(x, 0.1, backend="cpu")
+    for name in names:
+        if name == "allow":
+            torch.backends.cuda.matmul.allow_tf32 = True
+            continue
+        place = torch.backends
+        for part in name.split(".") if name else []:
+            place = getattr(place, part)
+        place.fp32_precision = "tf32"
+    before = precisions()
+    assert_bitwise_equal(ops.highpass(x, 0.1, backend="cpu"), expected)
+    assert precisions() == before
+
+
+def test_filters_in_several_threads_give_the_precision_back_once() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        one, other = (routes.full_precision(torch.device("cpu")) for _ in range(2))
+        one.__enter__()
+        other.__enter__()
+        one.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "highest"  # the other one is still at work
+        other.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @each_backend
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_spreads_and_the_identity_leaves_it_alone(backend: str, value: float) -> None:
