@@ -57,14 +57,14 @@ def extract_expert(
     model: Model,
     *,
     keep: float = 0.01,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     backend: str = "auto",
 ) -> ModelExpert:
     """The expert of a fine-tuned model, in memory: of each row of its delta the int(width * keep) largest elements.
 
     base, model: checkpoints (a directory, a file, or org/name of the hub), state dicts, or modules.
-    include, exclude: regular expressions that find the names of tensors; with no `include`, all are included.
+    include, exclude: regular expressions that find the names of tensors, one or several; no `include`: all are.
     Errors: FastmergeError, in a sentence: models that do not fit together, NaN or Inf, arguments.
     """
     tensors: dict[str, Expert] = {}
@@ -84,8 +84,8 @@ def extract_to_file(
     out: str | Path,
     *,
     keep: float = 0.01,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     backend: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:

@@ -123,8 +123,16 @@ class ExpertSet:
             raise ArgumentError(
                 'mode="replace" needs the values of the base; pass base=, a checkpoint or a state dict.'
             )
+        if not isinstance(experts, Mapping):
+            raise ArgumentTypeError(f"experts must be a mapping from names to experts, not {type(experts).__name__}.")
         if not experts:
             raise ArgumentError("experts is empty; pass at least one, by name.")
+        for name, each in experts.items():
+            if not isinstance(each, (str, Path, ModelExpert)):
+                raise ArgumentTypeError(
+                    f"the expert {name!r} is a {type(each).__name__}; pass a file's path, or what extract_expert() "
+                    "returned."
+                )
         self.mode = mode
         self.rescale = rescale
         # Weakly, or a model that wears experts would keep itself alive through the table of those that do.

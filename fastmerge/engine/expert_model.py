@@ -119,18 +119,19 @@ def _read(ring: _Ring, number: int, source: Source, info: TensorInfo, start: int
 # -- extracting
 
 
-def selected(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
+def selected(include: str | Sequence[str], exclude: str | Sequence[str]) -> Callable[[str], bool]:
     """Whether a tensor's name is found by one of `include` (by any, if there are none) and by none of `exclude`."""
     kept, dropped = (_patterns(name, given) for name, given in (("include", include), ("exclude", exclude)))
     return lambda name: (not kept or any(p.search(name) for p in kept)) and not any(p.search(name) for p in dropped)
 
 
-def _patterns(argument: str, given: Sequence[str]) -> list[re.Pattern[str]]:
+def _patterns(argument: str, given: str | Sequence[str]) -> list[re.Pattern[str]]:
     found = []
-    for pattern in given:
+    # A lone pattern is a sequence, too, of patterns of one letter that find nearly everything.
+    for pattern in [given] if isinstance(given, str) else given:
         try:
             found.append(re.compile(pattern))
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise ArgumentError(f"{argument} holds {pattern!r}, which is not a regular expression ({error}).") from None
     return found
 
@@ -159,7 +160,7 @@ def plan_extraction(base: Source, model: Source, keep: float, wanted: Callable[[
 
     Raises CheckpointError where the models do not fit together, ArgumentError where nothing is selected.
     """
-    if not 0 < keep < 1:
+    if not isinstance(keep, (int, float)) or not 0 < keep < 1:
         raise ArgumentError(f"keep={keep} is outside (0, 1); pass the fraction of each row to keep, such as 0.01.")
     matching = match_models(base, [model], lambda name: not wanted(name))
     chosen = []

@@ -262,6 +262,15 @@ def test_a_tensor_that_does_not_lie_in_one_piece_is_copied_once() -> None:
     assert torch.equal(torch.cat([piece.tensors[0] for piece in found]), x)
 
 
+def test_a_lone_pattern_is_one_pattern(setting: Setting) -> None:
+    for options, left in (
+        ({"include": "up"}, {"up.weight", "up.bias"}),
+        ({"exclude": "norm|embed|head|up"}, {"scale"}),
+    ):
+        found = experts.extract_expert(setting.base, setting.base, keep=0.1, **options)  # type: ignore[arg-type]
+        assert set(found.tensors) == left
+
+
 class TestRefusals:
     """Each with a sentence, and the model is as it was."""
 
@@ -284,6 +293,13 @@ class TestRefusals:
         self.refused("experts is empty")
         with pytest.raises(ArgumentTypeError, match=r"must be a torch\.nn\.Module"):
             ExpertSet({}, self.setting.experts)  # type: ignore[arg-type]
+        for given, message in ((["math"], "must be a mapping"), ({"math": 3}, "the expert 'math' is a int")):
+            with pytest.raises(ArgumentTypeError, match=message):
+                ExpertSet(self.model, given)  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match="keep=x is outside"):
+            experts.extract_expert(self.setting.base, self.setting.base, keep="x")  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match="include holds 3, which is not a regular expression"):
+            experts.extract_expert(self.setting.base, self.setting.base, include=[3])  # type: ignore[list-item]
 
     def test_another_shape(self) -> None:
         self.model = Tiny()
