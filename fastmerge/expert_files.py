@@ -182,7 +182,7 @@ def apply_to_checkpoint(
             "out": str(out),
             "scale": scale,
             "factor": factor,
-            "changed_tensors": len(belongs),
+            "changed_tensors": _changed(file, belongs),
         }
 
 
@@ -237,7 +237,7 @@ def remove_from_checkpoint(
         }
         settings = {"restore": str(path)}
         report = _finish(writer, opened, about, settings, [file.about.model], backend, began)
-        return report | {"out": str(out), "changed_tensors": len(belongs)}
+        return report | {"out": str(out), "changed_tensors": _changed(file, belongs)}
 
 
 def _writer(opened: Checkpoint, out: str | Path, shard_size: str | int) -> ModelWriter:
@@ -295,6 +295,11 @@ def _finish(
         "digest": digest,
         "seconds": time.perf_counter() - began,
     }
+
+
+def _changed(file: ExpertFile, belongs: Mapping[str, str]) -> int:
+    """How many of a model's tensors an expert reaches: those that keep nothing are left as they are."""
+    return sum(file.about.tensors[name].entries > 0 for name in belongs.values())
 
 
 def _command(words: Sequence[Any]) -> str:

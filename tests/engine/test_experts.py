@@ -233,6 +233,17 @@ def test_pieces_do_not_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert manifests[0] == manifests[1]
 
 
+def test_tensors_that_an_expert_leaves_as_they_are_are_not_counted_as_changed(tmp_path: Path) -> None:
+    tensors = {"wide": torch.randn(4, 200), "narrow": torch.randn(20)}
+    for name, by in (("base", 0.0), ("tuned", 0.5)):
+        (tmp_path / name).mkdir()
+        save_file({key: x + by for key, x in tensors.items()}, tmp_path / name / "model.safetensors")
+    experts.extract_to_file(tmp_path / "base", tmp_path / "tuned", tmp_path / "e", keep=0.01)
+    report = experts.apply_to_checkpoint(tmp_path / "base", tmp_path / "e", tmp_path / "worn")
+    assert (report["tensors"], report["changed_tensors"]) == (2, 1)
+    assert experts.remove_from_checkpoint(tmp_path / "worn", tmp_path / "back")["changed_tensors"] == 1
+
+
 def test_the_card_says_how_to_do_it_again(tmp_path: Path) -> None:
     paths = save_family(tmp_path / "my models", *family(models=1))
     file, worn, moved = tmp_path / "e", tmp_path / "worn", tmp_path / "old bits"
