@@ -22,6 +22,7 @@ from fastmerge.engine.expert_model import (
     Piece,
     changed_tensors,
     check_fits,
+    check_ties,
     extract,
     open_kind,
     plan_extraction,
@@ -152,6 +153,7 @@ def apply_to_checkpoint(
         file = stack.enter_context(open_kind(Path(expert).expanduser(), "expert"))
         opened = stack.enter_context(open_checkpoint(model))
         belongs = check_fits(file.about, opened)
+        check_ties(file, opened)
         factor = finite("scale", scale) * (file.about.mu if rescale else 1.0)
         writer = stack.enter_context(_writer(opened, out, shard_size))
         restore = ExpertWriter(writer.place(RESTORE_FILE), restore_about(file.about, belongs, opened), inside=True)

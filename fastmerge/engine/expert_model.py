@@ -268,6 +268,30 @@ def check_fits(about: About, model: Source) -> dict[str, str]:
     return belongs
 
 
+def same_expert(one: Expert, other: Expert) -> bool:
+    """Whether two keep the same, to the bit."""
+    bits = {2: torch.int16, 4: torch.int32}[one.values.element_size()]
+    return (
+        one.dtype == other.dtype
+        and one.k == other.k
+        and torch.equal(one.columns.to(torch.int64), other.columns.to(torch.int64))
+        and torch.equal(one.values.view(bits), other.values.view(bits))
+    )
+
+
+def check_ties(file: ExpertFile, model: Source) -> None:
+    """A head that a model stores although it is its embedding must stay so; CheckpointError where it would not."""
+    about = file.about
+    for head, embedding in copies_of_embeddings(model).items():
+        if head not in about.tensors:
+            continue
+        if embedding not in about.tensors or not same_expert(file.read(head), file.read(embedding)):
+            raise CheckpointError(
+                f"{model.ref} has {head!r} and {embedding!r} as one parameter, but the expert of {about.model} would "
+                "change them differently: it belongs to a model that does not tie them."
+            )
+
+
 def changed_tensors(
     model: Source,
     belongs: Mapping[str, str],

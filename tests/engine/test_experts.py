@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastmerge import experts, ops
@@ -242,6 +242,28 @@ def test_tensors_that_an_expert_leaves_as_they_are_are_not_counted_as_changed(tm
     report = experts.apply_to_checkpoint(tmp_path / "base", tmp_path / "e", tmp_path / "worn")
     assert (report["tensors"], report["changed_tensors"]) == (2, 1)
     assert experts.remove_from_checkpoint(tmp_path / "worn", tmp_path / "back")["changed_tensors"] == 1
+
+
+def test_a_tied_head_is_not_untied_in_a_file(tmp_path: Path) -> None:
+    embedding = torch.randn(40, 60)
+    names = ("embed_tokens.weight", "lm_head.weight")
+    for folder, tied, tensors in (
+        ("base", True, [embedding, embedding.clone()]),
+        ("untied", False, [embedding + 0.1 * torch.randn(40, 60) for _ in names]),
+        ("tied", False, [(embedding + 0.1).clone() for _ in names]),
+    ):
+        (tmp_path / folder).mkdir()
+        save_file(dict(zip(names, tensors, strict=True)), tmp_path / folder / "model.safetensors")
+        (tmp_path / folder / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+    for name, model, include in (("a", "untied", ()), ("b", "tied", "lm_head"), ("c", "tied", ())):
+        experts.extract_to_file(tmp_path / "base", tmp_path / model, tmp_path / name, keep=0.1, include=include)
+    for name in ("a", "b"):
+        with pytest.raises(CheckpointError, match="belongs to a model that does not tie them"):
+            experts.apply_to_checkpoint(tmp_path / "base", tmp_path / name, tmp_path / "worn")
+    assert not (tmp_path / "worn").exists()
+    experts.apply_to_checkpoint(tmp_path / "base", tmp_path / "c", tmp_path / "worn")
+    head, embedded = (load_file(tmp_path / "worn" / "model.safetensors")[name] for name in names)
+    assert torch.equal(head, embedded) and not torch.equal(head, embedding)
 
 
 def test_the_card_says_how_to_do_it_again(tmp_path: Path) -> None:
