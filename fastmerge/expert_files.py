@@ -22,6 +22,7 @@ from fastmerge.engine.expert_model import (
     Piece,
     changed_tensors,
     check_fits,
+    check_ties,
     extract,
     open_kind,
     plan_extraction,
@@ -57,14 +58,14 @@ def extract_expert(
     model: Model,
     *,
     keep: float = 0.01,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     backend: str = "auto",
 ) -> ModelExpert:
     """The expert of a fine-tuned model, in memory: of each row of its delta the int(width * keep) largest elements.
 
     base, model: checkpoints (a directory, a file, or org/name of the hub), state dicts, or modules.
-    include, exclude: regular expressions that find the names of tensors; with no `include`, all are included.
+    include, exclude: regular expressions that find the names of tensors, one or several; no `include`: all are.
     Errors: FastmergeError, in a sentence: models that do not fit together, NaN or Inf, arguments.
     """
     tensors: dict[str, Expert] = {}
@@ -84,8 +85,8 @@ def extract_to_file(
     out: str | Path,
     *,
     keep: float = 0.01,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     backend: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -152,6 +153,7 @@ def apply_to_checkpoint(
         file = stack.enter_context(open_kind(Path(expert).expanduser(), "expert"))
         opened = stack.enter_context(open_checkpoint(model))
         belongs = check_fits(file.about, opened)
+        check_ties(file, opened)
         factor = finite("scale", scale) * (file.about.mu if rescale else 1.0)
         writer = stack.enter_context(_writer(opened, out, shard_size))
         restore = ExpertWriter(writer.place(RESTORE_FILE), restore_about(file.about, belongs, opened), inside=True)
@@ -182,7 +184,7 @@ def apply_to_checkpoint(
             "out": str(out),
             "scale": scale,
             "factor": factor,
-            "changed_tensors": len(belongs),
+            "changed_tensors": _changed(file, belongs),
         }
 
 
@@ -237,7 +239,7 @@ def remove_from_checkpoint(
         }
         settings = {"restore": str(path)}
         report = _finish(writer, opened, about, settings, [file.about.model], backend, began)
-        return report | {"out": str(out), "changed_tensors": len(belongs)}
+        return report | {"out": str(out), "changed_tensors": _changed(file, belongs)}
 
 
 def _writer(opened: Checkpoint, out: str | Path, shard_size: str | int) -> ModelWriter:
@@ -295,6 +297,11 @@ def _finish(
         "digest": digest,
         "seconds": time.perf_counter() - began,
     }
+
+
+def _changed(file: ExpertFile, belongs: Mapping[str, str]) -> int:
+    """How many of a model's tensors an expert reaches: those that keep nothing are left as they are."""
+    return sum(file.about.tensors[name].entries > 0 for name in belongs.values())
 
 
 def _command(words: Sequence[Any]) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastmerge.backends.rule import ExpertPart, saved_layout
 from fastmerge.engine.expert_file import About, ModelExpert, same_base
+from fastmerge.engine.expert_model import same_expert
 from fastmerge.engine.matching import find
 from fastmerge.engine.sources import TORCH_DTYPES, Source, StateDictSource
 from fastmerge.errors import ArgumentError, ArgumentTypeError, CheckpointError
@@ -123,8 +124,16 @@ class ExpertSet:
             raise ArgumentError(
                 'mode="replace" needs the values of the base; pass base=, a checkpoint or a state dict.'
             )
+        if not isinstance(experts, Mapping):
+            raise ArgumentTypeError(f"experts must be a mapping from names to experts, not {type(experts).__name__}.")
         if not experts:
             raise ArgumentError("experts is empty; pass at least one, by name.")
+        for name, each in experts.items():
+            if not isinstance(each, (str, Path, ModelExpert)):
+                raise ArgumentTypeError(
+                    f"the expert {name!r} is a {type(each).__name__}; pass a file's path, or what extract_expert() "
+                    "returned."
+                )
         self.mode = mode
         self.rescale = rescale
         # Weakly, or a model that wears experts would keep itself alive through the table of those that do.
@@ -348,7 +357,7 @@ class ExpertSet:
                         f"{tensor_name!r} and {self._bound[at].name!r} share memory in the model but not their shape; "
                         "experts cannot be put there."
                     )
-                if at in held and not _same(held[at][1], expert):
+                if at in held and not same_expert(held[at][1], expert):
                     raise CheckpointError(
                         f"the model has {held[at][0]!r} and {tensor_name!r} as one parameter, but the expert {name!r} "
                         "has different values for them: it belongs to a model that does not tie them."
@@ -464,16 +473,6 @@ def _read_whole(source: Source, name: str) -> Tensor:
     values = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
     source.read_into(info, 0, values.view(-1).view(torch.uint8).numpy().data)
     return values
-
-
-def _same(one: Expert, other: Expert) -> bool:
-    bits = {2: torch.int16, 4: torch.int32}[one.values.element_size()]
-    return (
-        one.dtype == other.dtype
-        and one.k == other.k
-        and torch.equal(one.columns.to(torch.int64), other.columns.to(torch.int64))
-        and torch.equal(one.values.view(bits), other.values.view(bits))
-    )
 
 
 def _weights(given: Mapping[str, float] | str) -> dict[str, float]:

@@ -100,7 +100,9 @@ class MLPRouter(torch.nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Scores [batch, experts] of pooled hidden states [batch, width]."""
-        scores: Tensor = self.layers(pooled.to(torch.float32))
+        # As a part of a model it is moved and converted with it.
+        parameter = next(self.layers.parameters())
+        scores: Tensor = self.layers(pooled.to(parameter.device, parameter.dtype))
         return scores
 
     @torch.no_grad()

@@ -119,18 +119,19 @@ def _read(ring: _Ring, number: int, source: Source, info: TensorInfo, start: int
 # -- extracting
 
 
-def selected(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
+def selected(include: str | Sequence[str], exclude: str | Sequence[str]) -> Callable[[str], bool]:
     """Whether a tensor's name is found by one of `include` (by any, if there are none) and by none of `exclude`."""
     kept, dropped = (_patterns(name, given) for name, given in (("include", include), ("exclude", exclude)))
     return lambda name: (not kept or any(p.search(name) for p in kept)) and not any(p.search(name) for p in dropped)
 
 
-def _patterns(argument: str, given: Sequence[str]) -> list[re.Pattern[str]]:
+def _patterns(argument: str, given: str | Sequence[str]) -> list[re.Pattern[str]]:
     found = []
-    for pattern in given:
+    # A lone pattern is a sequence, too, of patterns of one letter that find nearly everything.
+    for pattern in [given] if isinstance(given, str) else given:
         try:
             found.append(re.compile(pattern))
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise ArgumentError(f"{argument} holds {pattern!r}, which is not a regular expression ({error}).") from None
     return found
 
@@ -159,7 +160,7 @@ def plan_extraction(base: Source, model: Source, keep: float, wanted: Callable[[
 
     Raises CheckpointError where the models do not fit together, ArgumentError where nothing is selected.
     """
-    if not 0 < keep < 1:
+    if not isinstance(keep, (int, float)) or not 0 < keep < 1:
         raise ArgumentError(f"keep={keep} is outside (0, 1); pass the fraction of each row to keep, such as 0.01.")
     matching = match_models(base, [model], lambda name: not wanted(name))
     chosen = []
@@ -265,6 +266,30 @@ def check_fits(about: About, model: Source) -> dict[str, str]:
         if head not in belongs and embedding in belongs:
             belongs[head] = embedding
     return belongs
+
+
+def same_expert(one: Expert, other: Expert) -> bool:
+    """Whether two keep the same, to the bit."""
+    bits = {2: torch.int16, 4: torch.int32}[one.values.element_size()]
+    return (
+        one.dtype == other.dtype
+        and one.k == other.k
+        and torch.equal(one.columns.to(torch.int64), other.columns.to(torch.int64))
+        and torch.equal(one.values.view(bits), other.values.view(bits))
+    )
+
+
+def check_ties(file: ExpertFile, model: Source) -> None:
+    """A head that a model stores although it is its embedding must stay so; CheckpointError where it would not."""
+    about = file.about
+    for head, embedding in copies_of_embeddings(model).items():
+        if head not in about.tensors:
+            continue
+        if embedding not in about.tensors or not same_expert(file.read(head), file.read(embedding)):
+            raise CheckpointError(
+                f"{model.ref} has {head!r} and {embedding!r} as one parameter, but the expert of {about.model} would "
+                "change them differently: it belongs to a model that does not tie them."
+            )
 
 
 def changed_tensors(

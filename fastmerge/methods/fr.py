@@ -193,11 +193,14 @@ def _difference(
 def aligned(sums: torch.Tensor) -> list[float]:
     """What each delta is multiplied by to have the largest mean magnitude of all; 1 for one that is all zeros.
 
+    1, too, for one that is so near to zero that no float32 number is its factor: infinity would make NaN of it.
+
     sums: int64[n, 2, 12] of `ops.l1_sums`, on the host, of deltas of one size.
     """
     masses = [ops.l1_mass(limbs[0]) for limbs in sums]
     largest = max(masses)
-    return [largest / mass if mass > 0 else 1.0 for mass in masses]
+    most = torch.finfo(torch.float32).max
+    return [largest / mass if mass * most > largest else 1.0 for mass in masses]
 
 
 @dataclass(frozen=True)

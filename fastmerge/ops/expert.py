@@ -226,6 +226,10 @@ def expert_revert_(
     return changed
 
 
+def _is_real(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and type(x) is Tensor
+
+
 class Expert:
     """What an expert keeps of one tensor: of each row the k largest elements of its delta.
 
@@ -248,6 +252,14 @@ class Expert:
             )
         _checks.kernel_inputs("values", [values])
         _checks.same_device("columns", columns, values.device, "values")
+        # A GPU would have to be waited for; fake tensors hold nothing, and neither do those that a compiler traces.
+        if columns.device.type == "cpu" and _is_real(columns) and columns.numel():
+            places = columns.numpy()
+            if (places[:, 1:] <= places[:, :-1]).any() or places[:, 0].min() < 0 or places[:, -1].max() >= width:
+                raise ArgumentError(
+                    f"columns must rise within each row and lie within its {width} elements: a place that was named "
+                    "twice could not be given its old bits back."
+                )
         self.columns = columns
         self.values = values
         self._worn: tuple[Tensor, ExpertPart, Tensor] | None = None

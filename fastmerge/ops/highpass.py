@@ -116,11 +116,16 @@ def highpass_plan(
     the model was measured on; `workspace`, the bytes taken beside x and the result.
     Errors: ArgumentError / ArgumentTypeError, in a sentence that names the argument.
     """
+    if not isinstance(shape, Sequence):
+        raise ArgumentTypeError(f"shape must be a sequence of sizes, not {type(shape).__name__}; pass (height, width).")
     sizes = [_checks.integer("shape", size, 0) for size in shape]
     _checks.matrices("shape", sizes)
     ratio, mode = _checks.fraction("ratio", ratio), _checks.choice("mode", mode, MODES)
     _checks.compute_dtype("dtype", dtype)
-    kind = torch.device(device).type
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        kind = ""
     if kind not in _checks.DEVICES:
         raise ArgumentError(f"device={str(device)!r} has no kernels; pass 'cpu' or 'cuda'.")
     return plan(sizes[-2], sizes[-1], ratio, mode, dtype.itemsize, kind, math.prod(sizes[:-2]))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastmerge import experts, ops
@@ -233,6 +233,39 @@ def test_pieces_do_not_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert manifests[0] == manifests[1]
 
 
+def test_tensors_that_an_expert_leaves_as_they_are_are_not_counted_as_changed(tmp_path: Path) -> None:
+    tensors = {"wide": torch.randn(4, 200), "narrow": torch.randn(20)}
+    for name, by in (("base", 0.0), ("tuned", 0.5)):
+        (tmp_path / name).mkdir()
+        save_file({key: x + by for key, x in tensors.items()}, tmp_path / name / "model.safetensors")
+    experts.extract_to_file(tmp_path / "base", tmp_path / "tuned", tmp_path / "e", keep=0.01)
+    report = experts.apply_to_checkpoint(tmp_path / "base", tmp_path / "e", tmp_path / "worn")
+    assert (report["tensors"], report["changed_tensors"]) == (2, 1)
+    assert experts.remove_from_checkpoint(tmp_path / "worn", tmp_path / "back")["changed_tensors"] == 1
+
+
+def test_a_tied_head_is_not_untied_in_a_file(tmp_path: Path) -> None:
+    embedding = torch.randn(40, 60)
+    names = ("embed_tokens.weight", "lm_head.weight")
+    for folder, tied, tensors in (
+        ("base", True, [embedding, embedding.clone()]),
+        ("untied", False, [embedding + 0.1 * torch.randn(40, 60) for _ in names]),
+        ("tied", False, [(embedding + 0.1).clone() for _ in names]),
+    ):
+        (tmp_path / folder).mkdir()
+        save_file(dict(zip(names, tensors, strict=True)), tmp_path / folder / "model.safetensors")
+        (tmp_path / folder / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+    for name, model, include in (("a", "untied", ()), ("b", "tied", "lm_head"), ("c", "tied", ())):
+        experts.extract_to_file(tmp_path / "base", tmp_path / model, tmp_path / name, keep=0.1, include=include)
+    for name in ("a", "b"):
+        with pytest.raises(CheckpointError, match="belongs to a model that does not tie them"):
+            experts.apply_to_checkpoint(tmp_path / "base", tmp_path / name, tmp_path / "worn")
+    assert not (tmp_path / "worn").exists()
+    experts.apply_to_checkpoint(tmp_path / "base", tmp_path / "c", tmp_path / "worn")
+    head, embedded = (load_file(tmp_path / "worn" / "model.safetensors")[name] for name in names)
+    assert torch.equal(head, embedded) and not torch.equal(head, embedding)
+
+
 def test_the_card_says_how_to_do_it_again(tmp_path: Path) -> None:
     paths = save_family(tmp_path / "my models", *family(models=1))
     file, worn, moved = tmp_path / "e", tmp_path / "worn", tmp_path / "old bits"
@@ -262,6 +295,15 @@ def test_a_tensor_that_does_not_lie_in_one_piece_is_copied_once() -> None:
     assert torch.equal(torch.cat([piece.tensors[0] for piece in found]), x)
 
 
+def test_a_lone_pattern_is_one_pattern(setting: Setting) -> None:
+    for options, left in (
+        ({"include": "up"}, {"up.weight", "up.bias"}),
+        ({"exclude": "norm|embed|head|up"}, {"scale"}),
+    ):
+        found = experts.extract_expert(setting.base, setting.base, keep=0.1, **options)  # type: ignore[arg-type]
+        assert set(found.tensors) == left
+
+
 class TestRefusals:
     """Each with a sentence, and the model is as it was."""
 
@@ -284,6 +326,13 @@ class TestRefusals:
         self.refused("experts is empty")
         with pytest.raises(ArgumentTypeError, match=r"must be a torch\.nn\.Module"):
             ExpertSet({}, self.setting.experts)  # type: ignore[arg-type]
+        for given, message in ((["math"], "must be a mapping"), ({"math": 3}, "the expert 'math' is a int")):
+            with pytest.raises(ArgumentTypeError, match=message):
+                ExpertSet(self.model, given)  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match="keep=x is outside"):
+            experts.extract_expert(self.setting.base, self.setting.base, keep="x")  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match="include holds 3, which is not a regular expression"):
+            experts.extract_expert(self.setting.base, self.setting.base, include=[3])  # type: ignore[list-item]
 
     def test_another_shape(self) -> None:
         self.model = Tiny()

@@ -68,6 +68,15 @@ def test_a_small_network_learns_to_route() -> None:
     assert all(sum(weights.values()) == pytest.approx(1.0) for weights in mixed)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_router_may_be_a_part_of_a_model_of_another_dtype(dtype: torch.dtype) -> None:
+    router = MLPRouter(NAMES, 4).to(dtype)
+    assert router(torch.ones(2, 4)).dtype == dtype
+    pooled = torch.eye(4)[:3].repeat(4, 1)
+    assert router.fit(pooled, torch.arange(12) % 3) == 1.0
+    assert router.route(pooled[:1]) == [{"math": 1.0}]
+
+
 def test_what_a_router_cannot_learn_from() -> None:
     router = MLPRouter(NAMES, 4)
     with pytest.raises(ArgumentError, match="'maths', which is no expert"):

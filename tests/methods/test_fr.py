@@ -171,6 +171,19 @@ def test_the_dry_run_says_what_the_largest_matrix_takes(tmp_path: Path) -> None:
     assert json.loads(json.dumps(plan.describe()))["workspace"] == plan.workspace
 
 
+def test_align_leaves_next_to_nothing_alone() -> None:
+    """Its factor would be infinite in float32."""
+    base = {"norm.weight": torch.zeros(8), "attn.weight": torch.zeros(32, 32)}
+    generator = torch.Generator().manual_seed(0)
+    tuned = {name: torch.randn(x.shape, generator=generator) for name, x in base.items()}
+    nearly = {name: torch.full_like(x, 1e-42) for name, x in base.items()}
+    nearly["attn.weight"][::2] *= -1
+    alone = fastmerge.merge([tuned], base=base, method="fr", align=True)
+    both = fastmerge.merge([tuned, nearly], base=base, method="fr", align=True)
+    for name, x in both.items():
+        assert torch.equal(x, alone[name]) and x.isfinite().all()
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_the_room_beside_a_matrix_is_that_of_the_device(device: str) -> None:
     """A GPU works on larger blocks, so that the filter takes more of its memory than of the host's."""

@@ -347,6 +347,17 @@ class TestRefusals:
             ops.expert_apply_([self.x], [part])
         assert torch.equal(self.x, torch.arange(24.0).view(4, 6))
 
+    @pytest.mark.parametrize("row", [[1, 1, 4], [2, 1, 4], [1, 4, 6], [0, 1, 65535]])
+    def test_columns_that_do_not_rise_within_their_row(self, row: list[int]) -> None:
+        columns = torch.tensor([[0, 1, 2], row], dtype=torch.uint16)
+        with pytest.raises(ArgumentError, match="columns must rise within each row"):
+            ops.Expert((2, 6), columns, torch.ones(2, 3))
+
+    def test_negative_columns(self) -> None:
+        columns = torch.tensor([[-1, 1]], dtype=torch.int32)
+        with pytest.raises(ArgumentError, match="columns must rise within each row"):
+            ops.Expert((1, 70_000), columns, torch.ones(1, 2))
+
     def test_an_expert_is_no_part(self) -> None:
         with pytest.raises(ArgumentTypeError, match=r"holds Expert, not ExpertPart; expert\.part"):
             ops.expert_apply_([self.x], [self.expert])  # type: ignore[list-item]

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastmerge import ops
 from fastmerge.backends import filters, highpass_on_gpus
 from fastmerge.backends import highpass as routes
+from fastmerge.errors import ArgumentError, ArgumentTypeError
 from fastmerge.reference.highpass import highpass_mask
 from tests import strategies
 from tests.highpass_kernels import PLAIN, weights
@@ -216,6 +217,15 @@ def test_neither_autocast_nor_a_lower_precision_of_products_is_let_in() -> None:
             assert torch.get_float32_matmul_precision() == "medium"
         finally:
             torch.set_float32_matmul_precision(before)
+
+
+def test_a_plan_for_what_cannot_be() -> None:
+    for device in ("bogus", "meta", 1.5):
+        with pytest.raises(ArgumentError, match="has no kernels; pass 'cpu' or 'cuda'"):
+            ops.highpass_plan((4, 4), 0.1, device=device)  # type: ignore[arg-type]
+    for shape in (5, (4, 2.0)):
+        with pytest.raises(ArgumentTypeError, match="shape must be"):
+            ops.highpass_plan(shape, 0.1)  # type: ignore[arg-type]
 
 
 def precisions() -> list[object]:
