@@ -47,7 +47,7 @@ def family(most: int, replaced: bool, odd: bool = False) -> tuple[list[Tensor], 
         ranked = torch.randn(shape, generator=generator)
         for number in range((of + 1) % (most + 1)):
             delta = ranked + 0.3 * torch.randn(shape, generator=generator)
-            delta[torch.rand(shape, generator=generator) < 0.05] = 0.0
+            delta[torch.rand(shape, generator=generator) < 0.4] = 0.0
             keep = 0.002 if shape[-1] > 65536 else (0.9, 0.2, 0.5)[number % 3]
             expert = ops.extract_expert(delta, keep, dtype=DTYPES[number % 3], backend="reference")
             at_base = expert.at(base).to(DTYPES[(number + 1) % 3]) if replaced else None
