@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
+from blake3 import blake3
 
 from fastmerge.backends.rule import column_dtype
 from fastmerge.engine.atomic import AtomicFile, disk_error
@@ -57,12 +58,14 @@ class TensorAbout:
     """One tensor of an expert: its shape, how much of each row is kept, the values' dtype by safetensors' name.
 
     digest: BLAKE3 (hex) of the base's tensor; in a file of old bits, of the tensor that is to be changed back.
+    content: BLAKE3 (hex) of what a file holds of it, gaps, starts and values; "" where nothing, or in no file yet.
     """
 
     shape: tuple[int, ...]
     k: int
     dtype: str
     digest: str
+    content: str = field(default="", compare=False)
 
     @property
     def rows(self) -> int:
@@ -115,7 +118,8 @@ class About:
     def metadata(self) -> dict[str, str]:
         """As the file holds it."""
         tensors = {
-            name: [list(about.shape), about.k, about.dtype, about.digest] for name, about in self.tensors.items()
+            name: [list(about.shape), about.k, about.dtype, about.digest, about.content]
+            for name, about in self.tensors.items()
         }
         return {
             "format": FORMAT,
@@ -245,6 +249,7 @@ class ExpertWriter:
     def __init__(self, path: Path, about: About, *, inside: bool = False) -> None:
         self._about = about
         self._entries: dict[str, dict[str, Any]] = {}
+        self._contents: dict[str, str] = {}
         self._room = _header_room(about)
         self._position = 0
         self._atomic = None if inside else AtomicFile(path)
@@ -271,15 +276,23 @@ class ExpertWriter:
             return
         gaps, starts = encode(expert.columns.cpu().numpy())
         padding = -(self._position + gaps.size) % _ALIGNMENT
-        self._put(f"{name}.gaps", "U8", (gaps.size + padding,), gaps.tobytes() + bytes([LONG]) * padding)
-        self._put(f"{name}.starts", "I64", starts.shape, starts.astype("<i8").tobytes())
         values = expert.values.cpu().contiguous()
-        data = values.view(torch.uint8).numpy().tobytes()
-        self._put(f"{name}.values", SAFETENSORS_NAMES[values.dtype], tuple(values.shape), data)
+        data = (
+            gaps.tobytes() + bytes([LONG]) * padding,
+            starts.astype("<i8").tobytes(),
+            values.view(torch.uint8).numpy().tobytes(),
+        )
+        self._put(f"{name}.gaps", "U8", (gaps.size + padding,), data[0])
+        self._put(f"{name}.starts", "I64", starts.shape, data[1])
+        self._put(f"{name}.values", SAFETENSORS_NAMES[values.dtype], tuple(values.shape), data[2])
+        self._contents[name] = _content(*data)
 
     def finish(self, mu: float, digests: Mapping[str, str]) -> About:
         """Write what the expert is of, flush, and rename the file into place."""
-        tensors = {name: replace(one, digest=digests[name]) for name, one in self._about.tensors.items()}
+        tensors = {
+            name: replace(one, digest=digests[name], content=self._contents.get(name, ""))
+            for name, one in self._about.tensors.items()
+        }
         about = replace(self._about, tensors=tensors, mu=mu)
         text = _header_text(about, self._entries)
         head = (self._room - 8).to_bytes(8, "little") + text + b" " * (self._room - 8 - len(text))
@@ -312,6 +325,13 @@ class ExpertWriter:
         self._position = stop
 
 
+def _content(*parts: Any) -> str:
+    whole = blake3()
+    for part in parts:
+        whole.update(memoryview(part).cast("B"))
+    return whole.hexdigest()
+
+
 def _header_text(about: About, entries: Mapping[str, Any]) -> bytes:
     content = {"__metadata__": about.metadata(), **entries}
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
@@ -322,7 +342,7 @@ def _header_room(about: About) -> int:
     longest = int("9" * _OFFSET_ROOM)
     entry = {"dtype": "BF16", "shape": [longest, longest], "data_offsets": [longest, longest]}
     entries = {f"{name}.{part}": entry for name in about.tensors for part in ("gaps", "starts", "values")}
-    tensors = {name: replace(one, digest="0" * 64) for name, one in about.tensors.items()}
+    tensors = {name: replace(one, digest="0" * 64, content="0" * 64) for name, one in about.tensors.items()}
     full = replace(about, tensors=tensors, mu=-1.2345678901234567e-100)
     return -(-(8 + len(_header_text(full, entries))) // _PAGE) * _PAGE
 
@@ -369,10 +389,14 @@ class ExpertFile:
         values = torch.empty(rows, about.k, dtype=TORCH_DTYPES[about.dtype])
         if not about.entries:
             return Expert(about.shape, torch.empty(rows, about.k, dtype=column_dtype(width)), values)
-        gaps, starts, stored = self._entries[name]
-        self._source.read_into(stored, 0, memoryview(values.view(torch.uint8).numpy().data).cast("B"))
+        where = self._entries[name]
+        gaps, starts = self._array(where[0], np.uint8), self._array(where[1], np.int64)
+        data = memoryview(values.view(torch.uint8).numpy().data).cast("B")
+        self._source.read_into(where[2], 0, data)
+        if _content(gaps, starts, data) != about.content:
+            raise CheckpointError(f"Tensor {name!r} in {self.path} is not what was written there; {_AGAIN}.")
         try:
-            columns = decode(self._array(gaps, np.uint8), self._array(starts, np.int64), rows, about.k, width)
+            columns = decode(gaps, starts, rows, about.k, width)
         except ValueError as error:
             raise CheckpointError(f"Tensor {name!r} in {self.path} has {error}; {_AGAIN}.") from None
         return Expert(about.shape, torch.from_numpy(columns), values)
@@ -402,7 +426,8 @@ def _about(path: Path, header: Header) -> About:
         model, base, said = found["model"], found["base"], found["base_digest"]
         tensors = parse_json(found["tensors"].encode(), f"The list of tensors in {path}", _AGAIN)
         items = [
-            (name, TensorAbout(tuple(shape), k, dtype, digest)) for name, (shape, k, dtype, digest) in tensors.items()
+            (name, TensorAbout(tuple(shape), k, dtype, digest, content))
+            for name, (shape, k, dtype, digest, content) in tensors.items()
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, CheckpointError):
@@ -427,6 +452,7 @@ def _check_tensor(path: Path, name: str, about: TensorAbout) -> None:
         or not isinstance(about.k, int)
         or isinstance(about.k, bool)
         or not isinstance(about.digest, str)
+        or not isinstance(about.content, str)
         or about.dtype not in _VALUES
         or not 0 <= about.k <= rows_of(about.shape)[1]
     ):

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -230,9 +231,26 @@ def test_codes_that_are_broken(tmp_path: Path, part: str, at: int, value: int, m
     def change(header: Any, data: bytearray) -> None:
         first, _ = bytes_of(header, f"a.{part}")
         data[first + at] = value
+        # Somebody who writes such codes can write their digest, too.
+        whole = b"".join(data[slice(*bytes_of(header, f"a.{name}"))] for name in ("gaps", "starts", "values"))
+        in_list("a", 4, blake3(whole).hexdigest())(header, data)
 
     with ExpertFile(broken(path, change)) as file, pytest.raises(CheckpointError, match=message):
         file.read("a")
+
+
+@pytest.mark.parametrize("part", ["gaps", "starts", "values"])
+def test_a_bit_that_has_flipped_is_noticed(tmp_path: Path, part: str) -> None:
+    path = tmp_path / "e.safetensors"
+    written(path, experts())
+
+    def change(header: Any, data: bytearray) -> None:
+        data[bytes_of(header, f"a.{part}")[1] - 1] ^= 1
+
+    with ExpertFile(broken(path, change)) as file:
+        assert file.read("b").k == experts()["b"].k
+        with pytest.raises(CheckpointError, match="Tensor 'a' in .* is not what was written there"):
+            file.read("a")
 
 
 def test_a_tensor_that_is_missing_or_too_much(tmp_path: Path) -> None:
