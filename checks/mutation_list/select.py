@@ -8,7 +8,7 @@ MUTATIONS = [
     *in_file(
         "triton_kernels/select.py",
         ("tests/triton/test_select.py", *equal_bits("topk_mask", "magnitude_bounds", "consensus_apply")),
-        ("a tie is past a bound from the c-th on", "if before >= ties:", "if before > ties:"),
+        ("a tie is past a bound from the c-th on", "if before >= ties:", "if before >= ties - 1:"),
         ("the c-th tie is in its tile", "elif before + count > ties:", "elif before + count > ties + 1:"),
         (
             "ties are counted from 0",
