@@ -100,6 +100,8 @@ FM_DEVICE void store16(void* to, const Words4& value) {
 FM_DEVICE uint32_t load_byte(const void* from) { return *static_cast<const unsigned char*>(from); }
 
 // The address is a multiple of so many bytes.
+FM_DEVICE uint32_t load2bytes(const void* from) { return *static_cast<const unsigned short*>(from); }
+FM_DEVICE uint32_t load4bytes(const void* from) { return *static_cast<const unsigned int*>(from); }
 FM_DEVICE void store2bytes(void* to, uint32_t low_half) {
     *static_cast<unsigned short*>(to) = static_cast<unsigned short>(low_half);
 }

@@ -160,6 +160,18 @@ FM_DEVICE uint32_t load_byte(const void* from) {
     return *static_cast<const unsigned char*>(from);
 }
 
+FM_DEVICE uint32_t load2bytes(const void* from) {
+    emulated::touch(from, 2);
+    uint16_t value;
+    memcpy(&value, from, 2);
+    return value;
+}
+FM_DEVICE uint32_t load4bytes(const void* from) {
+    emulated::touch(from, 4);
+    uint32_t value;
+    memcpy(&value, from, 4);
+    return value;
+}
 FM_DEVICE void store2bytes(void* to, uint32_t low_half) {
     emulated::touch(to, 2);
     memcpy(to, &low_half, 2);
