@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 Weights = NDArray[np.float64]
+Singles = NDArray[np.float32]
 
 
 class Mask:
@@ -93,6 +94,17 @@ class Mask:
                 ones[place] = False
         return zeros, ones
 
+    def limits(self, axis: int) -> Limits:
+        """The mask in integers, for the lines of an axis."""
+        ring = self._ring**2 if self._ring >= 0 else -1
+        if self.mode == "ideal":
+            least, most = math.ceil(self._limit), 1 << 62
+        else:
+            # The last squared distance that the definition keeps is next to the limit's square.
+            near = max(0, int(self._limit * self._limit) - 3) + np.arange(7)
+            least, most = 0, int(near[self._keeps(near)][-1])
+        return Limits(self.sizes[axis], self.sizes[1 - axis], self.mode == "ideal", least, most, ring)
+
     def _ring_points(self) -> set[tuple[int, int]]:
         """Where Ms has a part of a doubled coefficient: the integer points of a circle, and their mirror images."""
         if self._ring < 0 or not self._keeps(np.array([self._ring**2]))[0]:
@@ -116,6 +128,29 @@ class Mask:
         """Whether Ms(y, x) = Ms(-y, x): then the cosines and sines of a frequency are changed alike."""
         height, width = self.sizes
         return self.mode == "ideal" or height % 2 == 0 or width % 2 == 0 or min(height, width) == 1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The symmetrised mask in integers, for kernels that work it out coefficient by coefficient.
+
+    size, across: how many lines the whole spectrum has along the axis, and how many places each line has. What index k
+    of n adds to a squared distance is min(k, n - k) ** 2 where `wrapped`, else (k - n // 2) ** 2; the mirrored index is
+    -k % n. M is 1 where the squared distance is from `least` to `most`, but 2 where it is `ring`, and 0 elsewhere; Ms
+    is the mean of M here and of M at both mirrored indices.
+    """
+
+    size: int
+    across: int
+    wrapped: bool
+    least: int
+    most: int
+    ring: int
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether a squared distance and the mirrored one can differ."""
+        return not self.wrapped and (self.size % 2 == 1 or self.across % 2 == 1)
 
 
 @dataclass(frozen=True)
@@ -145,6 +180,51 @@ def lines(mask: Mask, axis: int) -> Lines:
         if line >= partial:
             points.setdefault(line, []).append(place)
     return Lines(axis, dropped, partial, tuple((line, tuple(places)) for line, places in points.items()))
+
+
+# -- tables of the routes --------------------------------------------------------------------------------------------
+
+
+def waves(mask: Mask) -> list[tuple[Singles, Singles]]:
+    """What lowrank projects on: (basis, weights) of each class of frequencies fy that change.
+
+    basis: [rank, H, or H / 2]: cosines and sines over the rows, or over the upper half of them where the frequencies
+    have a parity: the lower half has the same values, or their negatives. weights: 1 - Ms, [rank, W // 2 + 1].
+    """
+    height, width = mask.sizes
+    places, columns = np.arange(height // 2 if height % 2 == 0 else height), np.arange(width // 2 + 1)
+    # The values of all cosines and sines of whole periods over the rows; the place in it is found in integers.
+    circle = np.arange(height) * (2 * np.pi / height)
+    cosines, sines = np.cos(circle), np.sin(circle)
+    found = []
+    changed = lines(mask, 0).touched
+    classes = [changed] if height % 2 else [[f for f in changed if f % 2 == odd] for odd in (0, 1)]
+    for frequencies in classes:
+        paired = {f for f in frequencies if f not in (0, height / 2)}
+        # Made row by row: whole tables in float64 would be several times as large as these.
+        basis = np.empty((len(frequencies) + len(paired), len(places)), np.float32)
+        weights = np.empty((len(basis), len(columns)), np.float32)
+        both = [(f, cosines) for f in frequencies] + [(f, sines) for f in sorted(paired)]
+        for row, (frequency, wave) in enumerate(both):
+            basis[row] = wave[places * frequency % height] * np.sqrt((1 + (frequency in paired)) / height)
+            weights[row] = 1 - mask.weights(np.array([frequency]), columns)[0]
+        found.append((basis, weights))
+    return found
+
+
+def ring_tables(mask: Mask, axis: int) -> tuple[list[int], NDArray[np.complex64], Singles]:
+    """(points, phases, shares): how the lines that only the ring touches are changed.
+
+    points: these lines. phases: how a line's coefficients at the ring's places come from it, [across, places]. shares:
+    what of each is added to it, [places, points].
+    """
+    known, across = lines(mask, axis), mask.sizes[1 - axis]
+    points = [line for line, _ in known.points]
+    places = np.array(sorted({place for _, each in known.points for place in each}), dtype=np.int64)
+    angles = np.arange(across)[:, None] * places[None] % across * (-2 * np.pi / across)
+    phases = np.exp(1j * angles) / np.sqrt(across)
+    shares = mask.along(axis, np.array(points, dtype=np.int64), places).T - 1
+    return points, phases.astype(np.complex64), shares.astype(np.float32)
 
 
 # -- routes and what they cost ---------------------------------------------------------------------------------------
@@ -228,6 +308,18 @@ BLOCK = {"cpu": 1 << 19, "cuda": 1 << 24}
 """Elements that are worked on at a time: what the caches of two cores hold; on a GPU, enough to fill it."""
 
 
+RANKS = 16
+"""On a GPU a class of lowrank has a multiple of so many vectors; those that fill it up are zeros."""
+
+PARTIAL_SUMS = 1 / 8
+"""On a GPU sums over all rows are taken in pieces; as many floats as this share of the matrix wait to be added."""
+
+
+def together(height: int, width: int) -> int:
+    """How many matrices of this shape a GPU works on at a time."""
+    return block(height * width, "cuda")
+
+
 def block(length: int, device: str) -> int:
     """How many lines of so many elements are worked on at a time."""
     return max(1, BLOCK[device] // max(1, length))
@@ -258,9 +350,15 @@ def candidates(
         folded = 2 if height % 2 == 0 else 1
         nanoseconds = numel * (costs.folded + costs.product * rank * 2 / folded)
         nanoseconds += rank * width * (costs.transforms(width) + costs.copy)
-        blocks = 12 * 4 * width * min(height, block(width, device))
-        tables = 4 * rank * (height // folded + width // 2 + 1)
-        workspace = blocks + tables + 4 * rank * width
+        if device == "cuda":
+            filled = rank + folded * (RANKS - 1)
+            # Coefficients, their spectrum, the library's copy of that, and what comes back.
+            workspace = 4 * filled * (height // folded + width // 2 + 1) + 16 * filled * (width + 2)
+            workspace += int(4 * numel * PARTIAL_SUMS)
+        else:
+            blocks = 12 * 4 * width * min(height, block(width, device))
+            tables = 4 * rank * (height // folded + width // 2 + 1)
+            workspace = blocks + tables + 4 * rank * width
         found.append(HighpassPlan(*settings, "lowrank", rank=rank, seconds=nanoseconds * 1e-9, workspace=workspace))
     return tuple(sorted(found, key=lambda each: each.seconds))
 
@@ -274,11 +372,13 @@ def _transformed(
     columns = len(known.touched) - known.dropped
     nanoseconds = size * across * (costs.transforms(size) + costs.moved + (costs.turned if known.axis == 0 else 0))
     nanoseconds += columns * across * (2 * costs.transforms(across) + costs.lined)
-    waiting = 8 * across * (size // 2 + 1 - known.partial)
-    if known.axis == 1 and itemsize == 4 and waiting <= 4 * size * across:
-        waiting = 0  # there is room in the result
-    together = block(size, device) if known.axis == 1 else max(64, block(size, device))
-    blocks = 8 * 4 * size * min(across, together) + 4 * 8 * BLOCK[device]
+    if device == "cuda":
+        spectrum, matrix = 8 * across * (size // 2 + 1), 4 * size * across
+        # Beside the spectrum the widened matrix and its transpose, or lines three times, or the spectrum's copy and
+        # what comes back.
+        workspace = spectrum + max(2 * matrix, 24 * across * columns, spectrum + matrix)
+    else:
+        workspace = _in_blocks(known, columns, size, across, itemsize)
     return HighpassPlan(
         *settings,
         "rfft",
@@ -286,8 +386,17 @@ def _transformed(
         dropped=known.dropped,
         columns=columns,
         seconds=nanoseconds * 1e-9,
-        workspace=waiting + 8 * across * columns + blocks,
+        workspace=workspace,
     )
+
+
+def _in_blocks(known: Lines, columns: int, size: int, across: int, itemsize: int) -> int:
+    """The bytes that the rfft route takes where it works in blocks that stay in a CPU's cache."""
+    waiting = 8 * across * (size // 2 + 1 - known.partial)
+    if known.axis == 1 and itemsize == 4 and waiting <= 4 * size * across:
+        waiting = 0  # there is room in the result
+    lines_at_once = block(size, "cpu") if known.axis == 1 else max(64, block(size, "cpu"))
+    return waiting + 8 * across * columns + 8 * 4 * size * min(across, lines_at_once) + 4 * 8 * BLOCK["cpu"]
 
 
 def plan(
@@ -297,4 +406,5 @@ def plan(
     if height * width * count == 0:
         return HighpassPlan(height, width, ratio, mode, "nothing")
     fastest = candidates(height, width, ratio, mode, itemsize, device)[0]
-    return dataclasses.replace(fastest, seconds=fastest.seconds * count)
+    at_once = min(count, together(height, width)) if device == "cuda" else 1
+    return dataclasses.replace(fastest, seconds=fastest.seconds * count, workspace=fastest.workspace * at_once)

@@ -1,4 +1,4 @@
-"""The frequency filter by torch, for tensors on a CPU (MKL's FFT and GEMM, or what torch was built with) and on a GPU.
+"""The frequency filter by torch, for tensors on a CPU: MKL's FFT and GEMM, or what torch was built with.
 
 One filter, three routes; `filters.plan` says which takes the least time, from the shape and the settings alone, so
 that the same call gives the same bits on one machine.
@@ -48,13 +48,13 @@ def filtered(x: Tensor, out: Tensor, plan: HighpassPlan) -> None:
         return
     shape = (-1, *x.shape[-2:])
     run = _lowrank if plan.route == "lowrank" else _rfft
-    with _full_precision(x.device):
+    with full_precision(x.device):
         for matrix, target in zip(x.reshape(shape), out.view(shape)):
             run(matrix, target, plan)
 
 
 @contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """Float32 products are float32 products."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -123,30 +123,10 @@ def _stored(values: Tensor, target: Tensor) -> None:
 
 @functools.lru_cache(maxsize=8)
 def _bases(height: int, width: int, ratio: float, mode: str, device: str) -> list[tuple[Tensor, Tensor]]:
-    """(basis, weights) of each class of frequencies fy: float32[H or H / 2, rank] and float32[rank, W // 2 + 1].
-
-    The columns of a basis are cosines and sines over the rows, or over the upper half of them where the frequencies
-    have a parity: the lower half has the same values, or their negatives.
-    """
+    """`filters.waves` of one mask: float32[H or H / 2, rank] and float32[rank, W // 2 + 1] of each class."""
     mask = Mask(height, width, ratio, mode)
-    places, columns = np.arange(height // 2 if height % 2 == 0 else height), np.arange(width // 2 + 1)
-    # The values of all cosines and sines of whole periods over the rows; the place in it is found in integers.
-    circle = np.arange(height) * (2 * np.pi / height)
-    cosines, sines = np.cos(circle), np.sin(circle)
-    found = []
-    changed = filters.lines(mask, 0).touched
-    classes = [changed] if height % 2 else [[f for f in changed if f % 2 == odd] for odd in (0, 1)]
-    for frequencies in classes:
-        paired = {f for f in frequencies if f not in (0, height / 2)}
-        # Made row by row: whole tables in float64 would be several times as large as these.
-        basis = np.empty((len(frequencies) + len(paired), len(places)), np.float32)
-        weights = np.empty((len(basis), len(columns)), np.float32)
-        waves = [(f, cosines) for f in frequencies] + [(f, sines) for f in sorted(paired)]
-        for row, (frequency, wave) in enumerate(waves):
-            basis[row] = wave[places * frequency % height] * np.sqrt((1 + (frequency in paired)) / height)
-            weights[row] = 1 - mask.weights(np.array([frequency]), columns)[0]
-        found.append((torch.from_numpy(basis).to(device).T, torch.from_numpy(weights).to(device)))
-    return found
+    found = [(torch.from_numpy(basis).to(device), torch.from_numpy(weights)) for basis, weights in filters.waves(mask)]
+    return [(basis.T, weights.to(device)) for basis, weights in found]
 
 
 # -- rfft -------------------------------------------------------------------------------------------------------------
@@ -211,9 +191,8 @@ class _Chunk(NamedTuple):
 class _LineWork(NamedTuple):
     """What happens along the other axis.
 
-    last: the lines from there on are left alone. points: of those the ones that the ring touches. phases: how a line's
-    coefficients at the ring's places come from it, complex64[across, places]; shares: what of each is added to it,
-    float32[places, points].
+    last: the lines from there on are left alone. points: of those the ones that the ring touches; these, phases and
+    shares are `filters.ring_tables`.
     """
 
     last: int
@@ -238,7 +217,7 @@ class _LineWork(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def _line_work(height: int, width: int, ratio: float, mode: str, axis: int, device: str) -> _LineWork:
-    """The work along the other axis for one mask, with its numbers on a device."""
+    """The work along the other axis for one mask."""
     mask = Mask(height, width, ratio, mode)
     known = filters.lines(mask, axis)
     across = mask.sizes[1 - axis]
@@ -252,18 +231,9 @@ def _line_work(height: int, width: int, ratio: float, mode: str, axis: int, devi
             weights = mask.along(axis, numbers, np.arange(first, last))
             weighed.append((first, last, torch.from_numpy(weights.astype(np.float32)).to(device)))
         chunks.append(_Chunk(start - known.dropped, int(numbers[-1]) + 1 - known.dropped, _runs(zeros), weighed))
-    points = [line for line, _ in known.points]
-    places = np.array(sorted({place for _, each in known.points for place in each}), dtype=np.int64)
-    angles = np.arange(across)[:, None] * places[None] % across * (-2 * np.pi / across)
-    phases = np.exp(1j * angles) / np.sqrt(across)
-    shares = mask.along(axis, np.array(points, dtype=np.int64), places).T - 1
-    return _LineWork(
-        known.partial,
-        chunks,
-        points,
-        torch.from_numpy(phases.astype(np.complex64)).to(device),
-        torch.from_numpy(shares.astype(np.float32)).to(device),
-    )
+    points, phases, shares = filters.ring_tables(mask, axis)
+    tables = (torch.from_numpy(each).to(device) for each in (phases, shares))
+    return _LineWork(known.partial, chunks, points, *tables)
 
 
 def _runs(marked: NDArray[np.bool_]) -> list[tuple[int, int]]:

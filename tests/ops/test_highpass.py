@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastmerge import ops
-from fastmerge.backends import filters
+from fastmerge.backends import filters, highpass_on_gpus
 from fastmerge.backends import highpass as routes
 from fastmerge.reference.highpass import highpass_mask
 from tests import strategies
+from tests.highpass_kernels import PLAIN, weights
 from tests.numeric import assert_bitwise_equal, poison_
 from tests.ops.running import each_backend, only
 
@@ -75,6 +76,19 @@ def test_every_route_is_within_the_tolerance(x: Tensor, ratio: float, mode: str,
         for plan in plans:
             out = poison_(torch.empty_like(x))
             routes.filtered(x, out, plan)
+            within(out, expected, x)
+
+
+@given(x=matrices(), ratio=ratios, mode=modes, size=blocks)
+def test_every_route_on_gpus_is_within_the_tolerance(x: Tensor, ratio: float, mode: str, size: int) -> None:
+    """With kernels in plain torch: what each floor brings is held to these by its own tests."""
+    x = x.contiguous()
+    expected = ops.highpass(x, ratio, mode=mode, backend="reference")
+    plans = filters.candidates(*x.shape[-2:], ratio, mode, x.element_size(), "cuda") if x.numel() else ()
+    with patch.dict(filters.BLOCK, cuda=size):
+        for plan in plans:
+            out = poison_(torch.empty_like(x))
+            highpass_on_gpus.filtered(PLAIN, x, out, plan)
             within(out, expected, x)
 
 
@@ -139,6 +153,7 @@ def test_bands_points_and_runs_are_those_of_the_whole_mask(
         assert tuple(np.flatnonzero(along[line] != 1)) == points.get(line, ())
     if known.dropped < known.partial:
         assert along[known.dropped].any()
+    assert (weights(mask.limits(axis), 0, len(along)).numpy() == along).all()
     for start in range(known.dropped, known.partial, step):
         some = np.arange(start, min(start + step, known.partial))
         zeros, ones = mask.constant(axis, some)
