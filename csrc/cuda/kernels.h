@@ -136,5 +136,23 @@ constexpr int kExpertNumbers = 17;     // of a part in the table
 constexpr int32_t kEntries = 1 << 11;  // of a part that a block takes
 static_assert(sizeof(ExpertPart) == 8 * kExpertNumbers, "a row of the table");
 
+// Matrices that are filtered, [n, H, W], and the bases that span what is taken from them; every address is a multiple
+// of its elements' size.
+struct Filtered {
+    Array x;
+    int64_t matrices, height, width;
+    const float* basis[2];  // [H, rank] of the one class, or [H / 2, rank] of each of two
+    int32_t rank[2];        // 0 where there is no second class
+    int32_t classes;
+};
+
+// The symmetrised mask of lines of a spectrum in integers; `Limits` of fastmerge/backends/filters.py.
+struct MaskLimits {
+    int64_t size, across;  // lines of the whole spectrum, and places of each
+    int64_t least, most, ring;
+    int32_t wrapped;
+    int32_t mirrored;  // whether a squared distance and the mirrored one can differ
+};
+
 }  // namespace cuda
 FM_NAMESPACE_END
