@@ -34,33 +34,32 @@ struct RawFour {
     uint32_t word[kWide ? 4 : 2];
 };
 
-// Elements at .. at + 3 of a row of `width`, 0 past its end. aligned: all rows begin at a multiple of four elements'
+// Elements at .. at + 3 of a row of `width`, 0 past its end. kAligned: all rows begin at a multiple of four elements'
 // size, and have a multiple of four.
-template <bool kWide>
-FM_DEVICE void load_four(const void* row, int32_t at, int32_t width, bool aligned, RawFour<kWide>& out) {
+template <bool kWide, bool kAligned>
+FM_DEVICE void load_four(const void* row, int32_t at, int32_t width, RawFour<kWide>& out) {
     const char* from = static_cast<const char*>(row) + static_cast<int64_t>(at) * (kWide ? 4 : 2);
     FM_UNROLL
     for (int i = 0; i < (kWide ? 4 : 2); ++i) out.word[i] = 0;
-    if (aligned) {
-        if (at >= width) return;
-        if (kWide) {
+    if (kAligned) {
+        if (at < width && kWide) {
             Words4 words = load16again(from);
             FM_UNROLL
             for (int i = 0; i < 4; ++i) out.word[kWide ? i : 0] = words.word[i];
-        } else {
+        } else if (at < width) {
             Words2 words = load8bytes(from);
             out.word[0] = words.word[0];
             out.word[1] = words.word[1];
         }
-        return;
-    }
-    FM_UNROLL
-    for (int i = 0; i < 4; ++i) {
-        if (at + i >= width) continue;
-        if (kWide) {
-            out.word[kWide ? i : 0] = load4bytes(from + 4 * i);
-        } else {
-            out.word[i / 2] |= load2bytes(from + 2 * i) << (16 * (i % 2));
+    } else {
+        FM_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            if (at + i >= width) break;
+            if (kWide) {
+                out.word[kWide ? i : 0] = load4bytes(from + 4 * i);
+            } else {
+                out.word[i / 2] |= load2bytes(from + 2 * i) << (16 * (i % 2));
+            }
         }
     }
 }
@@ -70,42 +69,62 @@ FM_DEVICE Four widened(const RawFour<kWide>& raw, int32_t dtype) {
     Four four;
     FM_UNROLL
     for (int i = 0; i < 4; ++i) {
-        uint32_t bits = kWide ? raw.word[kWide ? i : 0] : raw.word[i / 2] >> (16 * (i % 2)) & 0xffffu;
-        uint16_t half = static_cast<uint16_t>(bits);
-        four.v[i] = kWide ? bit_cast<float>(bits) : dtype == kBFloat16 ? widen_bfloat16(half) : widen_float16(half);
+        four.v[i] = bit_cast<float>(kWide ? raw.word[kWide ? i : 0] : (raw.word[i / 2] >> (16 * (i % 2))) << 16);
+    }
+    if (!kWide && dtype == kFloat16) {
+        FM_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            four.v[i] = widen_float16(static_cast<uint16_t>(bit_cast<uint32_t>(four.v[i]) >> 16));
+        }
     }
     return four;
 }
 
-template <bool kWide>
-FM_DEVICE void store_four(void* row, int32_t at, int32_t width, bool aligned, int32_t dtype, const Four& four) {
+// Two values of a dtype of 16 bits.
+FM_DEVICE uint32_t two_halves(int32_t dtype, float low, float high) {
+    uint32_t both = dtype == kBFloat16 ? two_bfloat16(low, high) : two_float16(low, high);
+    if (low == low && high == high) return both;
+    uint32_t nan = dtype == kBFloat16 ? 0x7fc0u : 0x7e00u;
+    return (low == low ? both & 0xffffu : nan) | (high == high ? both & 0xffff0000u : nan << 16);
+}
+
+template <bool kWide, bool kAligned>
+FM_DEVICE void store_four(void* row, int32_t at, int32_t width, int32_t dtype, const Four& four) {
     char* to = static_cast<char*>(row) + static_cast<int64_t>(at) * (kWide ? 4 : 2);
-    uint32_t bits[4];
-    FM_UNROLL
-    for (int i = 0; i < 4; ++i) bits[i] = rounded_bits(kWide ? kFloat32 : dtype, four.v[i]);
-    if (!aligned) {
+    uint32_t words[4];
+    if (kWide) {
+        FM_UNROLL
+        for (int i = 0; i < 4; ++i) words[i] = bit_cast<uint32_t>(canonical(four.v[i]));
+    } else {
+        words[0] = two_halves(dtype, four.v[0], four.v[1]);
+        words[1] = two_halves(dtype, four.v[2], four.v[3]);
+    }
+    if (!kAligned) {
         FM_UNROLL
         for (int i = 0; i < 4; ++i) {
             if (at + i >= width) break;
             if (kWide) {
-                store4bytes(to + 4 * i, bits[i]);
+                store4bytes(to + 4 * i, words[i]);
             } else {
-                store2bytes(to + 2 * i, bits[i]);
+                store2bytes(to + 2 * i, words[i / 2] >> (16 * (i % 2)));
             }
         }
     } else if (at < width) {
         if (kWide) {
-            Words4 words = {{bits[0], bits[1], bits[2], bits[3]}};
-            store16(to, words);
+            Words4 all = {{words[0], words[1], words[2], words[3]}};
+            store16(to, all);
         } else {
-            uint32_t low = bits[0] | bits[1] << 16, high = bits[2] | bits[3] << 16;
-            store8bytes(to, low | static_cast<uint64_t>(high) << 32);
+            store8bytes(to, words[0] | static_cast<uint64_t>(words[1]) << 32);
         }
     }
 }
 
-FM_INLINE bool fours_are_aligned(const void* data, int64_t width, int64_t size) {
+bool fours_are_aligned(const void* data, int64_t width, int64_t size) {
     return width % 4 == 0 && reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(4 * size) == 0;
+}
+
+bool bases_are_aligned(const Filtered& x) {
+    return fours_are_aligned(x.basis[0], x.rank[0], 4) && fours_are_aligned(x.basis[1], x.rank[1], 4);
 }
 
 // --- project: the basis times the matrix
@@ -125,7 +144,6 @@ struct Project {
     Filtered x;
     float* out;      // [splits, n, r, W]
     int64_t splits;  // of the pairs of rows, among blocks
-    int32_t aligned, aligned_out;
 };
 
 FM_INLINE int32_t groups_of(int32_t rank) { return (rank + kVectors - 1) / kVectors; }
@@ -137,13 +155,17 @@ FM_INLINE int32_t first_vector(const Filtered& x, int32_t group) {
     return (group - (class_of(x, group) == 1 ? groups_of(x.rank[0]) : 0)) * kVectors;
 }
 
-// What a thread brings into shared memory of the next pairs of rows.
+// Fours of a staged row: of the tile's columns, and of all vectors.
+constexpr int kFours = kColumns / 4;
+static_assert(kFours == kGroupsOnce * kVectors / 4, "as many of both");
+constexpr int kReaders = kThreads / kFours;  // rows that a block reads at once
+constexpr int kReads = kStaged / kReaders;
+
+// What a thread brings into shared memory of the next pairs of rows: its columns and its vectors of some rows.
 template <bool kWide>
 struct Fetched {
-    static constexpr int kX = kStaged * kColumns / 4 / kThreads;                // fours of each half
-    static constexpr int kBasis = kStaged * kGroupsOnce * kVectors / kThreads;  // numbers
-    RawFour<kWide> upper[kX], lower[kX];
-    float basis[kBasis];
+    RawFour<kWide> upper[kReads], lower[kReads];
+    RawFour<true> basis[kReads];
 };
 
 // Where a block works.
@@ -165,88 +187,79 @@ FM_DEVICE ProjectPlace project_place(const Project& args) {
     return place;
 }
 
-// What a thread reads: its columns of every kXStep-th pair of rows, and one vector of a basis.
-constexpr int kXStep = kThreads / (kColumns / 4);
-constexpr int kBasisStep = kThreads / (kGroupsOnce * kVectors);
+FM_DEVICE int32_t reader() { return thread() / kFours; }
+FM_DEVICE int32_t own_four() { return thread() % kFours * 4; }
 
-template <bool kWide>
+template <bool kWide, bool kAligned>
 struct Reader {
+    static constexpr int64_t kSize = kWide ? 4 : 2;
     const char* x;       // the first pair's upper row
     int64_t below;       // bytes from there to the lower one
-    const float* basis;  // the first pair's number
-    int32_t rank;        // numbers from there to the next pair's; 0: no vector
+    const float* basis;  // the first pair's row of it
+    int32_t vector;      // the first of four there
+    int32_t rank;        // how long such a row is; 0: no vector
     int32_t column, width;
-    bool aligned, two;
+    bool two;
 
     FM_METHOD Reader(const Project& args, const ProjectPlace& place, int64_t begin) {
         const Filtered& of = args.x;
-        constexpr int64_t kSize = kWide ? 4 : 2;
         width = static_cast<int32_t>(of.width);
-        column = place.column + thread() % (kColumns / 4) * 4;
-        aligned = args.aligned != 0;
+        column = place.column + own_four();
         two = of.classes == 2;
-        int64_t row = place.matrix * of.height + begin + thread() / (kColumns / 4);
-        x = static_cast<const char*>(of.x.data) + row * of.width * kSize;
+        int64_t row = begin + reader();
+        x = static_cast<const char*>(of.x.data) + (place.matrix * of.height + row) * of.width * kSize;
         below = pair_rows(of) * of.width * kSize;
-        int32_t vector = thread() % (kGroupsOnce * kVectors), group = place.group + vector / kVectors;
-        basis = nullptr;
-        rank = 0;
-        if (vector / kVectors >= place.groups) return;
-        int32_t which = class_of(of, group), own = first_vector(of, group) + vector % kVectors;
-        if (own >= of.rank[which]) return;
-        rank = of.rank[which];
-        basis = of.basis[which] + (begin + thread() / (kGroupsOnce * kVectors)) * rank + own;
+        int32_t group = place.group + own_four() / kVectors;
+        bool some = own_four() / kVectors < place.groups;
+        int32_t which = some ? class_of(of, group) : 0;
+        vector = some ? first_vector(of, group) + own_four() % kVectors : 0;
+        rank = some ? of.rank[which] : 0;
+        basis = of.basis[which] + row * rank;
     }
 
     // The next `count` pairs; what is behind them is 0.
     FM_METHOD void read(int32_t count, Fetched<kWide>& out) const {
         FM_UNROLL
-        for (int i = 0; i < Fetched<kWide>::kX; ++i) {
-            const char* from = x + static_cast<int64_t>(i * kXStep) * width * (kWide ? 4 : 2);
-            int32_t upto = thread() / (kColumns / 4) + i * kXStep < count ? width : 0;
-            load_four<kWide>(from, column, upto, aligned, out.upper[i]);
-            load_four<kWide>(from + below, column, two ? upto : 0, aligned, out.lower[i]);
-        }
-        FM_UNROLL
-        for (int i = 0; i < Fetched<kWide>::kBasis; ++i) {
-            bool there = thread() / (kGroupsOnce * kVectors) + i * kBasisStep < count && rank != 0;
-            out.basis[i] = there ? basis[static_cast<int64_t>(i * kBasisStep) * rank] : 0.0f;
+        for (int i = 0; i < kReads; ++i) {
+            bool there = reader() + i * kReaders < count;
+            const char* from = x + i * kReaders * width * kSize;
+            load_four<kWide, kAligned>(from, column, there ? width : 0, out.upper[i]);
+            load_four<kWide, kAligned>(from + below, column, there && two ? width : 0, out.lower[i]);
+            load_four<true, kAligned>(basis + static_cast<int64_t>(i * kReaders) * rank, vector, there ? rank : 0,
+                                      out.basis[i]);
         }
     }
 
     FM_METHOD void advance(int32_t pairs) {
-        x += static_cast<int64_t>(pairs) * width * (kWide ? 4 : 2);
-        if (rank != 0) basis += static_cast<int64_t>(pairs) * rank;
+        x += pairs * width * kSize;
+        basis += static_cast<int64_t>(pairs) * rank;
     }
 };
 
 template <bool kWide>
 FM_DEVICE void stage(const Filtered& x, const Fetched<kWide>& fetched, ProjectShared& mine) {
     FM_UNROLL
-    for (int i = 0; i < Fetched<kWide>::kX; ++i) {
-        int32_t staged = thread() / (kColumns / 4) + i * (kThreads / (kColumns / 4));
-        int32_t column = thread() % (kColumns / 4) * 4;
+    for (int i = 0; i < kReads; ++i) {
+        int32_t staged = reader() + i * kReaders;
         Four upper = widened<kWide>(fetched.upper[i], x.x.dtype), lower = widened<kWide>(fetched.lower[i], x.x.dtype);
         Four sum, difference;
         FM_UNROLL
         for (int k = 0; k < 4; ++k) {
-            sum.v[k] = x.classes == 2 ? upper.v[k] + lower.v[k] : upper.v[k];
+            // Of one class the lower ones are 0. A sum with that is the value itself, but for the sign of a zero.
+            sum.v[k] = upper.v[k] + lower.v[k];
             difference.v[k] = upper.v[k] - lower.v[k];
         }
-        put_four(&mine.part[0][staged][column], sum);
-        if (x.classes == 2) put_four(&mine.part[1][staged][column], difference);
-    }
-    FM_UNROLL
-    for (int i = 0; i < Fetched<kWide>::kBasis; ++i) {
-        int32_t staged = thread() / (kGroupsOnce * kVectors) + i * (kThreads / (kGroupsOnce * kVectors));
-        mine.basis[staged][thread() % (kGroupsOnce * kVectors)] = fetched.basis[i];
+        put_four(&mine.part[0][staged][own_four()], sum);
+        put_four(&mine.part[1][staged][own_four()], difference);
+        put_four(&mine.basis[staged][own_four()], widened<true>(fetched.basis[i], kFloat32));
     }
 }
 
 // A thread has eight columns of a group's vectors: four in each half of the tile, so that its neighbours' lie beside
 // them. Slots that a block has more than groups take slices of the rows; their sums are added in order.
-template <bool kWide>
-FM_KERNEL_RESIDENT(kThreads, 2)
+// Loads of single elements need more registers: no second block shall have room then.
+template <bool kWide, bool kAligned>
+FM_KERNEL_RESIDENT(kThreads, kAligned ? 2 : 1)
 project_kernel(FM_LARGE Project args) {
     ProjectShared& mine = shared<ProjectShared>();
     const Filtered& x = args.x;
@@ -264,16 +277,16 @@ project_kernel(FM_LARGE Project args) {
         FM_UNROLL
         for (int k = 0; k < 8; ++k) sum[i][k] = 0.0f;
     }
-    Reader<kWide> reader(args, place, begin);
+    Reader<kWide, kAligned> rows(args, place, begin);
     Fetched<kWide> next;
     int32_t left = static_cast<int32_t>(end - begin);
-    reader.read(step < left ? step : left, next);
+    rows.read(step < left ? step : left, next);
     for (; left > 0; left -= step) {
         sync();
         stage<kWide>(x, next, mine);
         sync();
-        reader.advance(step);
-        if (left > step) reader.read(step < left - step ? step : left - step, next);
+        rows.advance(step);
+        if (left > step) rows.read(step < left - step ? step : left - step, next);
         FM_ROLLED
         for (int32_t staged = works ? slice : step; staged < step; staged += slices) {
             const float* part = mine.part[which][staged];
@@ -327,8 +340,8 @@ project_kernel(FM_LARGE Project args) {
         FM_UNROLL
         for (int half = 0; half < 2; ++half) {
             Four four = {{sum[i][4 * half], sum[i][4 * half + 1], sum[i][4 * half + 2], sum[i][4 * half + 3]}};
-            store_four<true>(args.out + (line + first + i) * x.width, place.column + half * (kColumns / 2) + own, width,
-                             args.aligned_out != 0, kFloat32, four);
+            int32_t column = place.column + half * (kColumns / 2) + own;
+            store_four<true, kAligned>(args.out + (line + first + i) * x.width, column, width, kFloat32, four);
         }
     }
 }
@@ -352,41 +365,46 @@ struct Subtract {
     const float* coefficients;  // [n, r, W]
     void* out;
     int64_t each;  // tiles above one another that a block takes
-    int32_t aligned, aligned_coefficients;
 };
 
-// The vectors from `depth` on of the coefficients' columns into shared memory; what is not there is 0.
+// Vectors of a class that are multiplied from `depth` on; kSteps of them at a time, with zeros behind the last.
+constexpr int kSteps = 4;
+FM_DEVICE int32_t depth_of(const Filtered& x, int32_t which, int32_t depth) {
+    return static_cast<int32_t>(smaller(x.rank[which] - depth, kDepth));
+}
+
+// These vectors' coefficients of the columns into shared memory.
+template <bool kAligned>
 FM_DEVICE void stage_coefficients(const Subtract& args, int64_t matrix, int32_t column, int32_t depth,
                                   SubtractShared& mine) {
     const Filtered& x = args.x;
     int32_t width = static_cast<int32_t>(x.width);
     const float* from = args.coefficients + matrix * (x.rank[0] + x.rank[1]) * x.width;
     for (int32_t which = 0; which < x.classes; ++which) {
-        int32_t count = static_cast<int32_t>(smaller(x.rank[which] - depth, kDepth));
-        for (int32_t i = thread() / 32; i < count; i += kDrawn / 32) {
+        int32_t count = depth_of(x, which, depth);
+        for (int32_t i = thread() / 32; i < (count + kSteps - 1) / kSteps * kSteps; i += kDrawn / 32) {
             RawFour<true> four;
             const float* row = from + ((which == 1 ? x.rank[0] : 0) + depth + i) * x.width;
-            load_four<true>(row, column + lane() * 4, width, args.aligned_coefficients != 0, four);
+            load_four<true, kAligned>(row, column + lane() * 4, i < count ? width : 0, four);
             put_four(&mine.coefficients[which][i][lane() * 4], widened<true>(four, kFloat32));
         }
     }
 }
 
-// The same of a tile's rows of the basis, turned round. Its numbers are read row by row.
+// A tile's rows of the bases, turned round, which are read row by row.
 FM_DEVICE void stage_basis(const Filtered& x, int64_t row, int32_t depth, SubtractShared& mine) {
     for (int32_t which = 0; which < x.classes; ++which) {
-        int32_t rank = x.rank[which], count = static_cast<int32_t>(smaller(rank - depth, kDepth));
+        int32_t rank = x.rank[which], count = depth_of(x, which, depth);
         for (int32_t i = thread() / 32; i < kDrawnPairs; i += kDrawn / 32) {
             bool there = lane() < count && row + i < pair_rows(x);
-            float value = there ? x.basis[which][(row + i) * rank + depth + lane()] : 0.0f;
-            if (lane() < count) mine.basis[which][lane()][i] = value;
+            mine.basis[which][lane()][i] = there ? x.basis[which][(row + i) * rank + depth + lane()] : 0.0f;
         }
     }
 }
 static_assert(kDepth == 32, "a lane for each vector");
 
-template <bool kWide>
-FM_KERNEL_RESIDENT(kDrawn, 3)
+template <bool kWide, bool kAligned>
+FM_KERNEL_RESIDENT(kDrawn, 4)
 subtract_kernel(FM_LARGE Subtract args) {
     SubtractShared& mine = shared<SubtractShared>();
     const Filtered& x = args.x;
@@ -395,7 +413,7 @@ subtract_kernel(FM_LARGE Subtract args) {
     int64_t last = smaller(pair_rows(x), first + args.each * kDrawnPairs);
     int32_t column = static_cast<int32_t>(block() % tiles) * kDrawnColumns, width = static_cast<int32_t>(x.width);
     int32_t most = x.rank[0] > x.rank[1] ? x.rank[0] : x.rank[1], above = thread() / 32 * kPairs;
-    bool aligned = args.aligned != 0, two = x.classes == 2;
+    bool two = x.classes == 2;
     int64_t start = matrix * x.height * x.width;
     for (int64_t row = first; row < last; row += kDrawnPairs) {
         float product[2][kPairs][4];
@@ -407,23 +425,26 @@ subtract_kernel(FM_LARGE Subtract args) {
         for (int32_t depth = 0; depth < most; depth += kDepth) {
             sync();
             // All that a column has, if there is room for it, stays for the next rows.
-            if (row == first || most > kDepth) stage_coefficients(args, matrix, column, depth, mine);
+            if (row == first || most > kDepth) stage_coefficients<kAligned>(args, matrix, column, depth, mine);
             stage_basis(x, row, depth, mine);
             sync();
             FM_UNROLL
             for (int which = 0; which < 2; ++which) {
-                int32_t count = static_cast<int32_t>(smaller(x.rank[which] - depth, kDepth));
+                int32_t count = depth_of(x, which, depth);
                 FM_ROLLED
-                for (int32_t j = 0; j < count; ++j) {
-                    Four line = four_at(&mine.coefficients[which][j][lane() * 4]);
-                    Four upper = four_at(&mine.basis[which][j][above]);
-                    Four lower = four_at(&mine.basis[which][j][above + 4]);
+                for (int32_t begin = 0; begin < count; begin += kSteps) {
                     FM_UNROLL
-                    for (int i = 0; i < kPairs; ++i) {
-                        float factor = i < 4 ? upper.v[i & 3] : lower.v[i & 3];
+                    for (int j = 0; j < kSteps; ++j) {
+                        Four line = four_at(&mine.coefficients[which][begin + j][lane() * 4]);
+                        Four upper = four_at(&mine.basis[which][begin + j][above]);
+                        Four lower = four_at(&mine.basis[which][begin + j][above + 4]);
                         FM_UNROLL
-                        for (int k = 0; k < 4; ++k) {
-                            product[which][i][k] = multiply_add(factor, line.v[k], product[which][i][k]);
+                        for (int i = 0; i < kPairs; ++i) {
+                            float factor = i < 4 ? upper.v[i & 3] : lower.v[i & 3];
+                            FM_UNROLL
+                            for (int k = 0; k < 4; ++k) {
+                                product[which][i][k] = multiply_add(factor, line.v[k], product[which][i][k]);
+                            }
                         }
                     }
                 }
@@ -439,9 +460,9 @@ subtract_kernel(FM_LARGE Subtract args) {
                 const char* from =
                     static_cast<const char*>(x.x.data) + (start + (there ? pair : first) * x.width) * (kWide ? 4 : 2);
                 int32_t upto = there ? width : 0;
-                load_four<kWide>(from, column + lane() * 4, upto, aligned, raw[0][i]);
+                load_four<kWide, kAligned>(from, column + lane() * 4, upto, raw[0][i]);
                 from += two ? pair_rows(x) * x.width * (kWide ? 4 : 2) : 0;
-                load_four<kWide>(from, column + lane() * 4, two ? upto : 0, aligned, raw[1][i]);
+                load_four<kWide, kAligned>(from, column + lane() * 4, two ? upto : 0, raw[1][i]);
             }
             FM_UNROLL
             for (int i = 0; i < kBatch; ++i) {
@@ -455,9 +476,9 @@ subtract_kernel(FM_LARGE Subtract args) {
                     lower.v[k] = lower.v[k] - (even - odd);
                 }
                 char* to = static_cast<char*>(args.out) + (start + pair * x.width) * (kWide ? 4 : 2);
-                store_four<kWide>(to, column + lane() * 4, width, aligned, x.x.dtype, upper);
+                store_four<kWide, kAligned>(to, column + lane() * 4, width, x.x.dtype, upper);
                 to += pair_rows(x) * x.width * (kWide ? 4 : 2);
-                if (two) store_four<kWide>(to, column + lane() * 4, width, aligned, x.x.dtype, lower);
+                if (two) store_four<kWide, kAligned>(to, column + lane() * 4, width, x.x.dtype, lower);
             }
         }
     }
@@ -502,7 +523,7 @@ mask_kernel(float* lines, MaskLimits limits, int64_t first, int64_t count, float
     FM_UNROLL
     for (int i = 0; i < kSteps; ++i) {
         int64_t at = smaller(begin + i * kThreads * kStep, limits.across - kStep);
-        load_four<kTwo>(row + 2 * at, 0, 4, true, raw[i]);
+        load_four<kTwo, true>(row + 2 * at, 0, 4, raw[i]);
     }
     FM_UNROLL
     for (int i = 0; i < kSteps; ++i) {
@@ -526,24 +547,40 @@ mask_kernel(float* lines, MaskLimits limits, int64_t first, int64_t count, float
 
 }  // namespace
 
-// As many as give every processor two blocks, and no more than there is room for; of rows enough for a few steps.
+// The number with the least time, as a model has it: processors take blocks in rounds, at least two each, of which one
+// waits while the other works; and sums that are written are read again.
 int64_t highpass_splits(const Filtered& x, int64_t most) {
-    int64_t blocks = pieces(x.width, kColumns) * pieces(all_groups(x), kGroupsOnce) * x.matrices;
-    int64_t wanted = pieces(2 * processors(), at_least_one(blocks));
-    wanted = smaller(smaller(wanted, most), pair_rows(x) / (4 * kStaged));
+    int64_t blocks = pieces(x.width, kColumns) * pieces(all_groups(x), kGroupsOnce) * x.matrices, count = processors();
+    double of_matrices = static_cast<double>(blocks) / static_cast<double>(count);
+    double of_sums = of_matrices * 2.0 * (x.rank[0] + x.rank[1]) / static_cast<double>(x.height);
+    // Of rows enough that the first ones, for which nothing is done meanwhile, are few.
+    most = smaller(most, pair_rows(x) / (4 * kStaged));
+    int64_t best = 1;
+    double least = 0.0;
+    for (int64_t splits = 1; splits <= at_least_one(most); ++splits) {
+        int64_t rounds = pieces(splits * blocks, count);
+        double number = static_cast<double>(splits), time = static_cast<double>(rounds < 2 ? 2 : rounds) / number;
+        if (splits > 1) time += number * of_sums;
+        if (splits == 1 || time < least) {
+            best = splits;
+            least = time;
+        }
+    }
     // Without those that would have no row.
-    int64_t each = pieces(pair_rows(x), at_least_one(wanted));
-    return pieces(pair_rows(x), each);
+    return pieces(pair_rows(x), pieces(pair_rows(x), best));
 }
 
 int highpass_project(Place place, const Filtered& x, int64_t splits, float* out) {
     int64_t size = dtype_size(x.x.dtype);
-    Project args = {x, out, splits, fours_are_aligned(x.x.data, x.width, size), fours_are_aligned(out, x.width, 4)};
+    bool aligned = bases_are_aligned(x) && fours_are_aligned(x.x.data, x.width, size);
+    aligned = aligned && fours_are_aligned(out, x.width, 4);
+    Project args = {x, out, splits};
     int64_t grid = pieces(x.width, kColumns) * pieces(all_groups(x), kGroupsOnce) * splits * x.matrices;
     auto with = [&](void (*kernel)(Project)) {
         return launch(kernel, grid, kThreads, sizeof(ProjectShared), place.stream, args);
     };
-    return with(size == 4 ? project_kernel<true> : project_kernel<false>);
+    if (size == 4) return with(aligned ? project_kernel<true, true> : project_kernel<true, false>);
+    return with(aligned ? project_kernel<false, true> : project_kernel<false, false>);
 }
 
 int highpass_subtract(Place place, const Filtered& x, const float* coefficients, void* out) {
@@ -552,11 +589,13 @@ int highpass_subtract(Place place, const Filtered& x, const float* coefficients,
     // Several tiles of a block share its coefficients, where there are enough of them for all processors.
     int64_t each = smaller(at_least_one(columns * tiles / (6 * processors())), 8);
     bool aligned = fours_are_aligned(x.x.data, x.width, size) && fours_are_aligned(out, x.width, size);
-    Subtract args = {x, coefficients, out, each, aligned, fours_are_aligned(coefficients, x.width, 4)};
+    aligned = aligned && fours_are_aligned(coefficients, x.width, 4);
+    Subtract args = {x, coefficients, out, each};
     auto with = [&](void (*kernel)(Subtract)) {
         return launch(kernel, columns * pieces(tiles, each), kDrawn, sizeof(SubtractShared), place.stream, args);
     };
-    return with(size == 4 ? subtract_kernel<true> : subtract_kernel<false>);
+    if (size == 4) return with(aligned ? subtract_kernel<true, true> : subtract_kernel<true, false>);
+    return with(aligned ? subtract_kernel<false, true> : subtract_kernel<false, false>);
 }
 
 int highpass_mask(Place place, float* lines, const MaskLimits& limits, int64_t matrices, int64_t first, int64_t count,

@@ -32,7 +32,13 @@ def _parts(tensors: list[Tensor], parts: list[ExpertPart], saved: Tensor) -> tup
         first = number if number == 0 or given[number - 1][0].of != part.of else first
         numbers += [x.data_ptr(), columns.data_ptr(), part.values.data_ptr(), address(base), start + at]
         numbers += [CODES[x.dtype], CODES[part.values.dtype], 0 if base is None else CODES[base.dtype]]
-        numbers += [columns.dtype == torch.int32, scale, columns.shape[1], columns.numel(), x.shape[-1] if x.dim() else 1]
+        numbers += [
+            columns.dtype == torch.int32,
+            scale,
+            columns.shape[1],
+            columns.numel(),
+            x.shape[-1] if x.dim() else 1,
+        ]
         numbers += [first, ends[part.of], part.of, blocks]
         blocks += -(-columns.numel() // compiled.EXPERT_ENTRIES)
     return table(numbers, saved.device), len(given), blocks

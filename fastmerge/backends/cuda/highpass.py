@@ -21,7 +21,7 @@ def _filtered(x: Tensor, bases: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 def project(x: Tensor, bases: Sequence[Tensor], coefficients: Tensor) -> None:
-    """coefficients = what the bases have of x; see `highpass_on_gpus.Kernels`."""
+    """What the bases have of x, into `coefficients`; see `highpass_on_gpus.Kernels`."""
     if coefficients.numel() == 0:
         return
     where, given = place(x.device), _filtered(x, bases)
@@ -35,7 +35,7 @@ def project(x: Tensor, bases: Sequence[Tensor], coefficients: Tensor) -> None:
 
 
 def subtract(x: Tensor, bases: Sequence[Tensor], coefficients: Tensor, out: Tensor) -> None:
-    """out = x without what the bases make of the coefficients; see `highpass_on_gpus.Kernels`."""
+    """The matrices x without what the bases make of the coefficients, into `out`; see `highpass_on_gpus.Kernels`."""
     compiled.highpass_subtract(place(x.device), _filtered(x, bases), coefficients.data_ptr(), out.data_ptr())
 
 
