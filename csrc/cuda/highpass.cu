@@ -357,7 +357,7 @@ constexpr int kBatch = 4;                          // pairs of rows that a threa
 
 struct SubtractShared {
     float coefficients[2][kDepth][kDrawnColumns];
-    float basis[2][kDepth][kDrawnPairs];
+    float basis[2][kDepth][kDrawnPairs + 8];  // so that vectors begin at different banks
 };
 
 struct Subtract {
@@ -391,17 +391,20 @@ FM_DEVICE void stage_coefficients(const Subtract& args, int64_t matrix, int32_t 
     }
 }
 
-// A tile's rows of the bases, turned round, which are read row by row.
+// A tile's rows of the bases, turned round. A warp takes eight rows and kSteps vectors at a time, whose places lie in
+// different banks.
 FM_DEVICE void stage_basis(const Filtered& x, int64_t row, int32_t depth, SubtractShared& mine) {
+    constexpr int kWarpsPairs = kDrawnPairs / 8;
     for (int32_t which = 0; which < x.classes; ++which) {
         int32_t rank = x.rank[which], count = depth_of(x, which, depth);
-        for (int32_t i = thread() / 32; i < kDrawnPairs; i += kDrawn / 32) {
-            bool there = lane() < count && row + i < pair_rows(x);
-            mine.basis[which][lane()][i] = there ? x.basis[which][(row + i) * rank + depth + lane()] : 0.0f;
+        for (int32_t i = thread() / 32; i < (count + kSteps - 1) / kSteps * kWarpsPairs; i += kDrawn / 32) {
+            int32_t vector = i / kWarpsPairs * kSteps + lane() / 8, pair = i % kWarpsPairs * 8 + lane() % 8;
+            bool there = vector < count && row + pair < pair_rows(x);
+            mine.basis[which][vector][pair] = there ? x.basis[which][(row + pair) * rank + depth + vector] : 0.0f;
         }
     }
 }
-static_assert(kDepth == 32, "a lane for each vector");
+static_assert(kDepth % kSteps == 0 && kSteps == 4 && kDrawnPairs % 8 == 0, "32 numbers at a time");
 
 template <bool kWide, bool kAligned>
 FM_KERNEL_RESIDENT(kDrawn, 4)

@@ -16,7 +16,7 @@ from fastmerge import backends
 from fastmerge.backends.filters import Limits, Mask
 from tests import highpass_kernels as plain
 from tests.cuda.running import both_orders
-from tests.numeric import bits
+from tests.numeric import assert_bitwise_equal, bits
 from tests.strategies import DTYPES
 
 if backends.reason("cuda") is not None:
@@ -97,6 +97,26 @@ def test_rows_of_many_steps_and_several_sums(
     assert launch.compiled.highpass_splits(HERE, _filtered(case.x, case.bases), 3) == 3
     case.check()
     Case(2, 530, 36, (70, 3), dtype, shift).check()
+    # Blocks that take several tiles of rows, with coefficients that stay and some that do not.
+    for rank in ((5, 3), (40, 3)):
+        Case(2, 1300, 5 - shift, rank, dtype, shift).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 600, 68), (1, 75, 37)])
+def test_16_bits_are_the_float32_result_rounded_once(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(shape[1])
+    x = torch.randn(shape, generator=generator).to(dtype)
+    classes = 2 if shape[1] % 2 == 0 else 1
+    bases = [torch.randn(shape[1] // classes, 16, generator=generator) / 10 for _ in range(classes)]
+    coefficients = torch.empty(2, 1, classes * 16, shape[2])
+    for own, target in zip((x, x.float()), coefficients):
+        project(own, bases, target)
+    assert_bitwise_equal(coefficients[0], coefficients[1])
+    rounded, exact = torch.empty_like(x), torch.empty(shape)
+    for own, out in ((x, rounded), (x.float(), exact)):
+        subtract(own, bases, coefficients[0], out)
+    assert_bitwise_equal(rounded, exact.to(dtype))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
