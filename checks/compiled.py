@@ -68,6 +68,8 @@ class Launch:
         given = dict(self.constants)
         if target.backend == "hip":
             given.pop(REGISTERS, None)
+            if "PRECISION" in given:
+                given["PRECISION"] = "ieee"
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
         bound, specialization, options = bind(*self.arguments, **given)
         chosen, signature, constants, attributes = self.kernel._pack_args(
@@ -101,7 +103,7 @@ class Code:
     """What was read in compiled code. loads, stores: how many of global memory there are, by bytes per thread.
 
     Of narrow ones only those that no mask guards are counted: they are how masks look. arithmetic: sentences about
-    operations that give other bits than the reference.
+    operations that give other bits than the reference. products: how many instructions multiply matrices.
     """
 
     registers: int
@@ -110,10 +112,19 @@ class Code:
     loads: Counter[int] = field(default_factory=Counter)
     stores: Counter[int] = field(default_factory=Counter)
     arithmetic: list[str] = field(default_factory=list)
+    products: int = 0
 
-    def problems(self, limit: int, spilled: int = 0) -> list[str]:
-        """What is wrong whatever the kernel is for; limit: bytes of shared memory; spilled: as many bytes may be."""
+    def problems(self, limit: int, spilled: int = 0, products: bool = False) -> list[str]:
+        """What is wrong whatever the kernel is for.
+
+        limit: bytes of shared memory. spilled: as many bytes may be. products: whether it may multiply matrices.
+        """
         found = list(self.arithmetic)
+        if self.products and not products:
+            found.append(
+                f"multiplies matrices by {self.products} instructions that sum in an order, and with roundings, of "
+                "their own; the reference's bits need plain additions"
+            )
         if self.spilled > spilled:
             found.append(f"keeps {self.spilled} bytes per thread in local memory: registers spill; take smaller tiles")
         if self.shared > limit:
@@ -163,6 +174,8 @@ _PTX_INEXACT = (
     (re.compile(r"(atom|red)\.\S*(f16|f32|f64)"), "an atomic sum of floats, whose order is left to chance"),
 )
 
+_PTX_PRODUCT = re.compile(r"(mma|wgmma|tcgen05)\.(mma|sync)")
+
 
 def _read_nvidia(kernel: Any) -> Code:
     text = kernel.asm["ptx"]
@@ -178,6 +191,7 @@ def _read_nvidia(kernel: Any) -> Code:
             if not guard or width >= WIDEST:
                 (code.loads if kind == "ld" else code.stores)[width] += 1
             continue
+        code.products += bool(_PTX_PRODUCT.match(operation))
         for pattern, why in _PTX_INEXACT:
             if pattern.match(operation):
                 inexact[operation, why] += 1
@@ -210,6 +224,7 @@ _GCN_INEXACT = (
     (re.compile(r"s_(setreg|denorm_mode|round_mode)"), "a change of how floats are rounded"),
     (re.compile(r"\w+_atomic_(pk_)?(add|min|max)_(f|bf)"), "an atomic operation on floats"),
 )
+_GCN_PRODUCT = re.compile(r"v_s?(mfma|mfmac|wmma)")
 # A division that is rounded correctly is these instructions, whatever compiles it: an estimate of the reciprocal that
 # fused multiply-adds refine, and the last step (div_fmas, div_fixup), which rounds. A division of 64-bit integers
 # begins with the estimate of a float reciprocal, two fused multiply-adds and one truncation, and ends with integers. A
@@ -244,6 +259,7 @@ def _read_amd(kernel: Any) -> Code:
         if memory := _GCN_MEMORY.match(operation):
             width = _GCN_WIDTH.get(memory[2].removesuffix("_d16").removesuffix("_d16_hi"), 1)
             (code.loads if memory[1] == "load" else code.stores)[width] += 1
+        code.products += bool(_GCN_PRODUCT.match(operation))
         for pattern, why in _GCN_INEXACT:
             if pattern.match(operation):
                 inexact[operation, why] += 1

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastmerge.backends.lists import Lists
-from fastmerge.backends.rule import TIE_BLOCK, PcbRule, SparsifyRule
+from fastmerge.backends.rule import TIE_BLOCK, ExpertPart, PcbRule, SparsifyRule, saved_layout
 
 NUMEL = 2 * TIE_BLOCK
 """Elements of each model's tensor here."""
@@ -104,6 +104,8 @@ def calls() -> Iterator[Call]:
     yield from _consensus()
     yield from _many()
     yield from _pcb()
+    yield from _expert()
+    yield from _highpass()
 
 
 def _select() -> Iterator[Call]:
@@ -367,3 +369,40 @@ def _pcb_of(
     if chosen.variant == "paper":
         yield Call("pcb_extremes", name, (base, xs), **flags)
         yield Call("pcb_sums", name, (base, xs, chosen), **flags)
+
+
+def _expert() -> Iterator[Call]:
+    """Parts of all dtypes: which they are is said in the table. There are so many that the table is copied."""
+    for aligned in (True, False):
+        xs = [tensor(dtype).view(-1, ROW) for dtype in (BF16, F16, F32)]
+        parts = []
+        for of, x in enumerate(xs):
+            kept = [tensor(dtype, aligned=aligned, numel=len(x) * 8) for dtype in (torch.uint16, BF16)]
+            columns, values = (each.view(len(x), 8) for each in kept)
+            parts += [ExpertPart(of, columns, values, 1.0)] * 2
+        saved = torch.zeros(saved_layout(xs, parts)[-1][1], dtype=torch.uint8)
+        name = "3 tensors, 6 parts" + ("" if aligned else ", unaligned")
+        yield Call("expert_apply_", name, (xs, parts), everywhere=True)
+        yield Call("expert_revert_", name, (xs, parts, saved), everywhere=True)
+
+
+def _highpass() -> Iterator[Call]:
+    """Matrices that take every route, with few vectors and with many.
+
+    Their transforms do run, here, on zeros; so they are small.
+    """
+    shapes = {
+        "some": ((512, 512), 0.2, "ideal"),
+        "few": ((512, 512), 0.01, "ideal"),
+        "odd height": ((255, 512), 0.1, "ideal"),
+        "odd width": ((512, 255), 0.1, "ideal"),
+        "one column": ((2048, 1), 0.1, "ideal"),
+        "transformed": ((1023, 512), 1.0, "ideal"),
+        "official": ((512, 1376), 0.9, "official"),
+        "official, odd": ((255, 511), 0.7, "official"),
+    }
+    for dtype in (BF16, F32, F16):
+        for name, (shape, ratio, mode) in shapes.items():
+            x = torch.zeros(shape, dtype=dtype)
+            everywhere = dtype is not F16 and name in ("some", "few", "transformed", "official")
+            yield Call("highpass", f"{name}, {NAMES[dtype]}", (x, ratio, mode, torch.empty_like(x)), {}, everywhere)

@@ -51,6 +51,10 @@ SPILLED = {
 }
 """Bytes per thread that the assembler puts aside in memory nevertheless, by kernel and target."""
 
+PRODUCTS = ("highpass.project", "highpass.subtract")
+"""Kernels that may multiply matrices by instructions for that, and no others: the frequency filter alone has not the
+reference's bits but a tolerance (docs/numbers.md), far from which these products stay."""
+
 WRITTEN = ("out", "scale")
 """Arguments of kernels that are only written."""
 
@@ -117,7 +121,8 @@ def lacking(backend: ModuleType, wanted: Iterable[str] = reference.__all__) -> l
 def kernels_of(adapter: ModuleType = backend) -> set[str]:
     """The kernels that the modules of the adapter launch, as in `consensus.merge`."""
     found = set()
-    for module in {adapter, *(each for each in vars(adapter).values() if isinstance(each, ModuleType))}:
+    # Not those among its attributes: a function can have the name of its module.
+    for module in [module for name, module in sys.modules.items() if f"{name}.".startswith(f"{adapter.__name__}.")]:
         for alias, name in re.findall(r"\b(\w+)\.(\w+)\b", inspect.getsource(module)):
             owner = getattr(module, alias, None)
             is_kernels = isinstance(owner, ModuleType) and owner.__name__.startswith("fastmerge._triton.")
@@ -139,7 +144,8 @@ def examined(form: Form, target: str) -> Result:
         code = compiled(form.launch, TARGETS[target])
     except Exception as error:
         return Result(form, target, None, [f"{form.title} on {target}: does not compile: {_innermost(error)}"])
-    found = code.problems(TARGETS[target].shared, SPILLED.get((form.launch.name, target), 0))
+    name = form.launch.name
+    found = code.problems(TARGETS[target].shared, SPILLED.get((name, target), 0), name in PRODUCTS)
     if form.wide:
         found += _too_narrow(form.launch, code, TARGETS[target].gpu.warp_size)
     return Result(form, target, code, [f"{form.title} on {target}: {sentence}" for sentence in found])

@@ -261,7 +261,8 @@ def make_plan(
     matching = match_models(base, models, _excluder(exclude))
     kernels = backend, backend if device == "cpu" else host_backend(backend)
     drafts = [
-        _draft(match, method, parameters_of, numerics, seed, dtype, out_dtype, kernels) for match in matching.matches
+        _draft(match, method, parameters_of, numerics, seed, dtype, out_dtype, kernels, device)
+        for match in matching.matches
     ]
     contexts = [draft.context for draft in drafts if draft.context is not None and not draft.match.again]
     wanted = method.model_statistics([context for context in contexts if context.numel])
@@ -316,6 +317,7 @@ def _draft(
     dtype: torch.dtype | None,
     out_dtype: torch.dtype | None,
     kernels: tuple[str, str],
+    device: str,
 ) -> Draft:
     stored = tuple(TORCH_DTYPES[one.info.dtype] for one in match.inputs)
     if match.action == "same" or not stored[0].is_floating_point:
@@ -343,6 +345,7 @@ def _draft(
         seed=seed,
         backend=kernels[0],
         host_backend=kernels[1],
+        device=device,
     )
     method.check(context, labels)
     # The peer rounds to the dtype in which it computes and then converts; otherwise the output is rounded once.

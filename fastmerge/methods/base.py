@@ -65,6 +65,7 @@ class TensorContext:
     parameters: the values for this tensor, one per model where the parameter is per model. compute: the dtype that
     intermediate results are rounded to. positions: each model's place among the models, which names its random stream.
     backend: of the ops on chunks. host_backend: of those on samples, which stay on the host wherever chunks are.
+    device: where chunks are.
     """
 
     name: str
@@ -76,6 +77,7 @@ class TensorContext:
     seed: int = 0
     backend: str = "auto"
     host_backend: str = "auto"
+    device: str = "cpu"
 
     @property
     def numel(self) -> int:

@@ -78,7 +78,8 @@ class Fr(Method):
         parameters = self._parameters(context)
         if len(context.shape) != 2 or context.numel == 0 or not filters(context.name, parameters):
             return None
-        plan = ops.highpass_plan(context.shape, ratio_of(parameters), mode=parameters.mode)
+        ratio, device = ratio_of(parameters), "cpu" if context.device == "cpu" else "cuda"
+        plan = ops.highpass_plan(context.shape, ratio, mode=parameters.mode, device=device)
         return None if plan.route == "nothing" else plan
 
     def _apart(self, context: TensorContext) -> bool:

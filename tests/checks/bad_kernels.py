@@ -90,6 +90,14 @@ def gathered(x, out, BLOCK: tl.constexpr):
     tl.store(out + place, tl.gather(tl.load(x + place), (place * 7) % BLOCK, 0))
 
 
+@triton.jit
+def multiplied(x, out, BLOCK: tl.constexpr):
+    """A product of matrices by the hardware's instructions."""
+    place = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    a = tl.load(x + place)
+    tl.store(out + place, tl.dot(a, a, input_precision="tf32"))
+
+
 def launches() -> dict[str, Launch]:
     """The launches by name."""
     options = {"num_warps": 4, "enable_fp_fusion": False}
@@ -121,6 +129,7 @@ def launches() -> dict[str, Launch]:
     made["unaligned"] = Launch(elementwise, (odd, odd, odd, NUMEL), {"WHICH": "fine", **tile})
     made["masked"] = Launch(masked, (x, y, out, NUMEL), dict(tile))
     made["float_atomic"] = Launch(float_atomic, (x, floats[0]), dict(tile))
+    made["multiplied"] = Launch(multiplied, tuple(floats), {**options, "BLOCK": 32})
     made["crowded"] = Launch(crowded, tuple(floats), {"COUNT": 2, **options, "BLOCK": 16384, "num_warps": 1})
     made["gathered"] = Launch(gathered, tuple(floats), {**options, "BLOCK": 65536, "num_warps": 16})
     return made
@@ -129,7 +138,7 @@ def launches() -> dict[str, Launch]:
 def main() -> None:
     """Print what is found in each, for a new, an old and a foreign target."""
     named = {
-        name: Form(launch, Call(name, "", ()), everywhere=True, wide="atomic" not in name)
+        name: Form(launch, Call(name, "", ()), everywhere=True, wide=name not in ("float_atomic", "multiplied"))
         for name, launch in launches().items()
     }
     found: dict[str, dict[str, list[str]]] = {name: {} for name in named}

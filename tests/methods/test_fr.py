@@ -16,7 +16,8 @@ import fastmerge
 from fastmerge import backends, ops
 from fastmerge.errors import ArgumentError
 from fastmerge.merging import merge_checkpoints
-from fastmerge.methods.fr import RATIOS
+from fastmerge.methods.base import TensorContext
+from fastmerge.methods.fr import RATIOS, Fr
 from tests.engine.small_family import Tensors, config_for, load, save_family
 from tests.numeric import assert_bitwise_equal
 
@@ -147,6 +148,16 @@ def test_files_of_any_number_within_any_budget(how: dict[str, Any], tmp_path: Pa
     in_memory = fastmerge.merge(tuned, base=base, method="fr", weight=WEIGHTS, **how)
     for name, x in load(tmp_path / "0").items():
         assert_bitwise_equal(in_memory[name], x)
+
+
+@pytest.mark.parametrize("mode", ["ideal", "official"])
+def test_a_gpu_needs_the_room_of_its_own_routes(mode: str) -> None:
+    method = Fr()
+    parameters = method.Parameters(weight=(1.0, 1.0), mode=mode)
+    for device in ("cpu", "cuda"):
+        context = TensorContext("mlp", (512, 1376), parameters, positions=(0, 1), device=device)
+        plan = ops.highpass_plan((512, 1376), RATIOS[mode], mode=mode, device=device)
+        assert method.workspace(context, 512 * 1376) == 2 * 4 * 512 * 1376 + plan.workspace
 
 
 def test_the_dry_run_says_what_the_largest_matrix_takes(tmp_path: Path) -> None:

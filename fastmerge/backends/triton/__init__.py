@@ -11,9 +11,10 @@ import os
 import torch
 import triton
 
-from ..experts_in_torch import expert_apply_, expert_extract, expert_revert_
-from ..highpass import highpass
+from ..experts_in_torch import expert_extract
 from .consensus import consensus_apply, consensus_apply_many
+from .expert import expert_apply_, expert_revert_
+from .highpass import highpass
 from .launch import INTERPRETED
 from .pcb import (
     pcb_apply,

@@ -28,6 +28,9 @@ INTERPRETED = not isinstance(numbers.widen, JITFunction)
 REGISTERS = "maxnreg"
 """The option of launches on NVIDIA GPUs that limits registers; Triton has none for others."""
 
+PRODUCTS = "ieee" if torch.version.hip else "tf32x3"
+"""How the one family that multiplies matrices does it: AMD's instructions take float32, NVIDIA's a half of its bits."""
+
 BLOCK_VARIABLE = "FASTMERGE_TRITON_BLOCK"
 
 LONG_TABLE = 64
