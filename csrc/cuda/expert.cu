@@ -3,9 +3,9 @@
 // A block takes some entries of one part, where an entry is a column of a row and what belongs there. Places are strewn
 // over memory: what limits is how many of them are asked for at once, so a thread has several entries under way.
 //
-// Where experts meet in a tensor, a place can be in several parts. The first part that has it owns it: its thread looks
+// Where experts meet in a tensor, a place can be in several parts. The last part that has it owns it: its thread looks
 // the column up in the others, adds up what they have, keeps the old bits for all of them and writes the sum. So no
-// place has two writers, and nobody reads what another thread has written.
+// place has two writers, and nobody reads what another thread writes.
 #include "fastmerge/expert.h"
 
 #include "cuda/api.h"
@@ -127,30 +127,34 @@ FM_INLINE bool in_row(const ExpertPart& part, uint32_t column) { return column <
 // there. kRestore puts the old bits back.
 enum Mode { kApply, kCount, kRestore };
 
-// Where experts meet: what is put at an entry's place, from all parts that have it. False: an earlier one does.
-template <Mode kMode>
-FM_DEVICE bool sum_of_many(const ExpertPart* parts, int32_t own, int64_t entry, int64_t row, uint32_t column,
-                           uint32_t old, uint32_t* sum) {
-    const ExpertPart& mine = parts[own];
-    for (int64_t p = mine.first; p < own; ++p) {
+// Whether no later part of the tensor has this place, too.
+FM_DEVICE bool owns(const ExpertPart* parts, int32_t own, int64_t row, uint32_t column) {
+    for (int64_t p = own + 1; p < parts[own].end; ++p) {
         if (entry_at(parts[p], row, column) >= 0) return false;
     }
+    return true;
+}
+
+// What is put at the place of an entry, which owns it, from all parts that have it.
+template <Mode kMode>
+FM_DEVICE uint32_t sum_of_many(const ExpertPart* parts, int32_t own, int64_t entry, int64_t row, uint32_t column,
+                               uint32_t old) {
+    const ExpertPart& mine = parts[own];
     int32_t dtype = static_cast<int32_t>(mine.dtype);
     float total = widened(old, dtype);
     // The last part that replaces says what the sum starts from.
-    for (int64_t p = own; p < mine.end; ++p) {
+    for (int64_t p = mine.first; p <= own; ++p) {
         if (parts[p].base == nullptr) continue;
         int64_t at = p == own ? entry : entry_at(parts[p], row, column);
         if (at >= 0 && expert_replaces(load_value(values_of(parts[p]), at))) total = load_value(base_of(parts[p]), at);
     }
-    for (int64_t p = own; p < mine.end; ++p) {
+    for (int64_t p = mine.first; p <= own; ++p) {
         int64_t at = p == own ? entry : entry_at(parts[p], row, column);
         if (at < 0) continue;
         if (kMode == kApply) store_bits(parts[p].saved, dtype_size(dtype), at, old);
         total = expert_add(total, load_value(values_of(parts[p]), at), scale_of(parts[p]));
     }
-    *sum = rounded_bits(dtype, total);
-    return true;
+    return rounded_bits(dtype, total);
 }
 
 // The places where several parts may meet; how many hold something else.
@@ -161,22 +165,21 @@ FM_DEVICE uint32_t some_of_many(const ExpertPart* parts, int32_t own) {
     int64_t size = dtype_size(static_cast<int32_t>(part.dtype));
     uint32_t different = 0;
     for (int64_t entry = some.first + thread(); entry < some.end; entry += kThreads) {
-        uint32_t column = load_bits(part.columns, column_size(part), entry), sum = 0;
-        if (!in_row(part, column)) continue;
+        uint32_t column = load_bits(part.columns, column_size(part), entry);
         int64_t row = row_of(part, some, entry), at = row * part.width + column;
-        // What an earlier part puts there meanwhile may be read, but is not used: that part owns the place.
+        if (!in_row(part, column) || !owns(parts, own, row, column)) continue;
         uint32_t old = kMode == kApply ? load_bits(part.data, size, at) : load_bits(part.saved, size, entry);
-        if (!sum_of_many<kMode>(parts, own, entry, row, column, old, &sum)) continue;
-        if (kMode == kApply) {
-            store_bits(part.data, size, at, sum);
+        uint32_t now = kMode == kRestore ? old : sum_of_many<kMode>(parts, own, entry, row, column, old);
+        if (kMode == kCount) {
+            different += load_bits(part.data, size, at) != now ? 1u : 0u;
         } else {
-            different += load_bits(part.data, size, at) != sum ? 1u : 0u;
+            store_bits(part.data, size, at, now);
         }
     }
     return different;
 }
 
-// The places of a part that is its tensor's only one; or, to restore, of any, for parts that meet have kept the same.
+// The places of a part that is its tensor's only one.
 template <Mode kMode>
 FM_DEVICE uint32_t some_of_one(const ExpertPart& part) {
     Some some = some_of(part);
@@ -221,12 +224,12 @@ FM_DEVICE uint32_t some_of_one(const ExpertPart& part) {
 
 // changed: how many places of each tensor hold something else than was put there and, behind them, of all.
 template <Mode kMode>
-FM_KERNEL(kThreads)
+FM_KERNEL_RESIDENT(kThreads, 3)
 expert_kernel(const ExpertPart* parts, int32_t count, int64_t* changed, int32_t tensors) {
     if (kMode == kRestore && changed[tensors] != 0) return;
     int32_t own = part_of_block(parts, count);
     const ExpertPart part = parts[own];
-    bool alone = kMode == kRestore || part.end - part.first == 1;
+    bool alone = part.end - part.first == 1;
     uint32_t different = alone ? some_of_one<kMode>(part) : some_of_many<kMode>(parts, own);
     if (kMode != kCount) return;
     different = sum_of_warp(different);

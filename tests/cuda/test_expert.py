@@ -115,6 +115,30 @@ def test_a_column_beyond_its_row_is_nowhere(wide: bool, count: int) -> None:
     assert_bitwise_equal(x, before)
 
 
+def test_old_bits_that_do_not_agree() -> None:
+    """`expert_apply_` never returns such; the definition takes those of the last part that has the place."""
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(20, 30, generator=generator)
+    parts = [expert(generator, 20, 30, 12, torch.float32).part(0, 1.0 + i) for i in range(3)]
+    worn = before.clone()
+    saved = ops.expert_apply_([worn], parts, backend="reference")
+    saved.view(torch.int32)[: 2 * 20 * 12 : 7] ^= 1
+    results = []
+    for backend in ("cuda", "reference"):
+        for x in (worn.clone(), before.clone()):
+            results.append((ops.expert_revert_([x], parts, saved, backend=backend), x))
+    for (count, x), (wanted, y) in zip(results[:2], results[2:]):
+        assert count == wanted and count[0] > 0
+        assert_bitwise_equal(x, y)
+    # Those of places that a later part has are never looked at.
+    later = ops.expert_apply_([before.clone()], [parts[0], parts[0]], backend="reference")
+    later[: later.numel() // 2] = 0
+    x = before.clone()
+    ops.expert_apply_([x], [parts[0], parts[0]], backend="cuda")
+    assert ops.expert_revert_([x], [parts[0], parts[0]], later, backend="cuda") == [0]
+    assert_bitwise_equal(x, before)
+
+
 def test_the_last_part_that_replaces_says_where_the_sum_starts() -> None:
     """Bases of one place may differ where they were rounded to other dtypes."""
     columns = torch.tensor([[1]], dtype=torch.uint16)
