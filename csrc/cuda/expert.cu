@@ -224,11 +224,11 @@ FM_DEVICE uint32_t some_of_one(const ExpertPart& part) {
 
 // changed: how many places of each tensor hold something else than was put there and, behind them, of all.
 template <Mode kMode>
-FM_KERNEL_RESIDENT(kThreads, 3)
+FM_KERNEL_RESIDENT(kThreads, 2)
 expert_kernel(const ExpertPart* parts, int32_t count, int64_t* changed, int32_t tensors) {
     if (kMode == kRestore && changed[tensors] != 0) return;
     int32_t own = part_of_block(parts, count);
-    const ExpertPart part = parts[own];
+    const ExpertPart& part = parts[own];
     bool alone = part.end - part.first == 1;
     uint32_t different = alone ? some_of_one<kMode>(part) : some_of_many<kMode>(parts, own);
     if (kMode != kCount) return;

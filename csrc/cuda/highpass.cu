@@ -257,7 +257,7 @@ FM_DEVICE void stage(const Filtered& x, const Fetched<kWide>& fetched, ProjectSh
 
 // A thread has eight columns of a group's vectors: four in each half of the tile, so that its neighbours' lie beside
 // them. Slots that a block has more than groups take slices of the rows; their sums are added in order.
-// Loads of single elements need more registers: no second block shall have room then.
+// Loads of single elements need more registers: fewer blocks shall have room then.
 template <bool kWide, bool kAligned>
 FM_KERNEL_RESIDENT(kThreads, kAligned ? 2 : 1)
 project_kernel(FM_LARGE Project args) {
@@ -407,7 +407,7 @@ FM_DEVICE void stage_basis(const Filtered& x, int64_t row, int32_t depth, Subtra
 static_assert(kDepth % kSteps == 0 && kSteps == 4 && kDrawnPairs % 8 == 0, "32 numbers at a time");
 
 template <bool kWide, bool kAligned>
-FM_KERNEL_RESIDENT(kDrawn, 4)
+FM_KERNEL_RESIDENT(kDrawn, kAligned ? 4 : 3)
 subtract_kernel(FM_LARGE Subtract args) {
     SubtractShared& mine = shared<SubtractShared>();
     const Filtered& x = args.x;
