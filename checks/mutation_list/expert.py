@@ -120,8 +120,8 @@ MUTATIONS = [
         ),
         (
             "zeros do not replace alone",
-            "if (part.base != nullptr && expert_replaces(given))",
-            "if (part.base != nullptr)",
+            "if (replaces && expert_replaces(given))",
+            "if (replaces)",
         ),
         (
             "all parts keep the old bits",

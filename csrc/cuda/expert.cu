@@ -189,11 +189,13 @@ FM_DEVICE uint32_t some_of_one(const ExpertPart& part) {
     FM_ROLLED
     for (int64_t begin = some.first + thread(); begin < some.end; begin += kThreads * kTogether) {
         int64_t entry[kTogether], at[kTogether];
-        uint32_t column[kTogether], value[kTogether], old[kTogether], held[kTogether];
+        uint32_t column[kTogether], value[kTogether], base[kTogether], old[kTogether], held[kTogether];
         FM_UNROLL
         for (int e = 0; e < kTogether; ++e) entry[e] = smaller(begin + e * kThreads, some.end - 1);
         load_bits(part.columns, column_size(part), entry, column);
         if (kMode != kRestore) load_bits(part.values, dtype_size(values_of(part).dtype), entry, value);
+        bool replaces = kMode != kRestore && part.base != nullptr;
+        if (replaces) load_bits(part.base, dtype_size(base_of(part).dtype), entry, base);
         if (kMode != kApply) load_bits(part.saved, size, entry, old);
         FM_UNROLL
         for (int e = 0; e < kTogether; ++e) {
@@ -209,7 +211,7 @@ FM_DEVICE uint32_t some_of_one(const ExpertPart& part) {
             }
             uint32_t before = kMode == kApply ? held[e] : old[e];
             float given = widened(value[e], values_of(part).dtype), start = widened(before, dtype);
-            if (part.base != nullptr && expert_replaces(given)) start = load_value(base_of(part), entry[e]);
+            if (replaces && expert_replaces(given)) start = widened(base[e], base_of(part).dtype);
             uint32_t sum = rounded_bits(dtype, expert_add(start, given, scale_of(part)));
             if (kMode == kApply) {
                 store_bits(part.saved, size, entry[e], before);
