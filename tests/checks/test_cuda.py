@@ -48,6 +48,12 @@ def test_the_account_of_ptxas_is_read():
     assert missing.endswith("not compiled for sm_120")
 
 
+def test_names_have_their_template_arguments():
+    """Those of an enumeration, too, which c++filt shows as numbers of a type."""
+    mangled = "_ZN9fastmerge8portable4cuda12_GLOBAL__N_113expert_kernelILNS2_4ModeE2EEEvPKNS1_10ExpertPartEiPli"
+    assert cuda._name(mangled) == "expert_kernel<2>"
+
+
 def test_a_warning_of_the_build_is_found():
     """Builds go on after one, for another compiler may warn of more; the check does not."""
     said = "ptxas warning : Registers are spilled to local memory in function 'merge_kernel'"
