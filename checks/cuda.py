@@ -96,7 +96,8 @@ def usages(log: str, family: str) -> list[Usage]:
 def _name(mangled: str) -> str:
     """A kernel's name and template arguments, as in `merge_kernel<4, true>`."""
     shown = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=False).stdout.strip()
-    shown = re.sub(r"\(anonymous namespace\)::|\([\w: ]+\)(?=\d)", "", shown)
+    # A number's type stands before it in parentheses.
+    shown = re.sub(r"\([\w: ]+\)(?=\d)", "", shown.replace("(anonymous namespace)::", ""))
     found = re.search(r"(\w+)(<[^()]*>)?\((?!anonymous)", shown)
     return f"{found[1]}{found[2] or ''}" if found else mangled
 
