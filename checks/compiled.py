@@ -174,6 +174,7 @@ _PTX_INEXACT = (
     (re.compile(r"(atom|red)\.\S*(f16|f32|f64)"), "an atomic sum of floats, whose order is left to chance"),
 )
 
+_PTX_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global\b[^;]*\], 0x([0-9a-f]+)")
 _PTX_PRODUCT = re.compile(r"(mma|wgmma|tcgen05)\.(mma|sync)")
 
 
@@ -181,6 +182,8 @@ def _read_nvidia(kernel: Any) -> Code:
     text = kernel.asm["ptx"]
     usage = _resource_usage(kernel.asm["cubin"])
     code = Code(usage["REG"], max(usage["SHARED"], kernel.metadata.shared), usage["STACK"] + usage["LOCAL"])
+    # Copies to shared memory that wait for nothing have a mask or none, and look the same.
+    code.loads.update(int(found[1], 16) for found in _PTX_COPY.finditer(text))
     inexact: Counter[tuple[str, str]] = Counter()
     for found in _PTX.finditer(text):
         guard, operation = found.groups()

@@ -374,16 +374,17 @@ def _pcb_of(
 def _expert() -> Iterator[Call]:
     """Parts of all dtypes: which they are is said in the table. There are so many that the table is copied."""
     for aligned in (True, False):
-        xs = [tensor(dtype).view(-1, ROW) for dtype in (BF16, F16, F32)]
-        parts = []
-        for of, x in enumerate(xs):
-            kept = [tensor(dtype, aligned=aligned, numel=len(x) * 8) for dtype in (torch.uint16, BF16)]
-            columns, values = (each.view(len(x), 8) for each in kept)
-            parts += [ExpertPart(of, columns, values, 1.0)] * 2
-        saved = torch.zeros(saved_layout(xs, parts)[-1][1], dtype=torch.uint8)
-        name = "3 tensors, 6 parts" + ("" if aligned else ", unaligned")
-        yield Call("expert_apply_", name, (xs, parts), everywhere=True)
-        yield Call("expert_revert_", name, (xs, parts, saved), everywhere=True)
+        for each in (1, 2):
+            xs = [tensor(dtype).view(-1, ROW) for dtype in (BF16, F16, F32, BF16)]
+            parts = []
+            for of, x in enumerate(xs):
+                kept = [tensor(dtype, aligned=aligned, numel=len(x) * 8) for dtype in (torch.uint16, BF16)]
+                columns, values = (part.view(len(x), 8) for part in kept)
+                parts += [ExpertPart(of, columns, values, 1.0)] * each
+            saved = torch.zeros(saved_layout(xs, parts)[-1][1], dtype=torch.uint8)
+            name = ("one part each", "two parts each")[each - 1] + ("" if aligned else ", unaligned")
+            yield Call("expert_apply_", name, (xs, parts), everywhere=True)
+            yield Call("expert_revert_", name, (xs, parts, saved), everywhere=True)
 
 
 def _highpass() -> Iterator[Call]:
@@ -397,12 +398,20 @@ def _highpass() -> Iterator[Call]:
         "odd height": ((255, 512), 0.1, "ideal"),
         "odd width": ((512, 255), 0.1, "ideal"),
         "one column": ((2048, 1), 0.1, "ideal"),
-        "transformed": ((1023, 512), 1.0, "ideal"),
+        "transformed, odd": ((1025, 1024), 1.0, "ideal"),
         "official": ((512, 1376), 0.9, "official"),
         "official, odd": ((255, 511), 0.7, "official"),
     }
     for dtype in (BF16, F32, F16):
         for name, (shape, ratio, mode) in shapes.items():
-            x = torch.zeros(shape, dtype=dtype)
-            everywhere = dtype is not F16 and name in ("some", "few", "transformed", "official")
-            yield Call("highpass", f"{name}, {NAMES[dtype]}", (x, ratio, mode, torch.empty_like(x)), {}, everywhere)
+            everywhere = dtype is not F16 and name in ("some", "few", "official")
+            yield _filter(f"{name}, {NAMES[dtype]}", shape, dtype, ratio, mode, everywhere)
+    yield _filter("transformed", (3072, 3072), F32, 1.0, "ideal", everywhere=True)
+
+
+def _filter(
+    variant: str, shape: tuple[int, int], dtype: torch.dtype, ratio: float, mode: str, everywhere: bool
+) -> Call:
+    """One call of highpass."""
+    x = torch.zeros(shape, dtype=dtype)
+    return Call("highpass", variant, (x, ratio, mode, torch.empty_like(x)), {}, everywhere)

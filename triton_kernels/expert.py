@@ -1,9 +1,9 @@
 """Parts of light experts put onto tensors and taken off again: `fastmerge/reference/expert.py` in Triton.
 
-One launch takes all parts of all tensors. A part is a row of a table, int64[parts, FIELDS], those of a tensor one after
-the other:
+One launch takes all parts that are ALONE on their tensor, one all others. A part is a row of a table, int64[parts,
+FIELDS], those of a tensor one after the other:
 
-    0 the first program that works for it     8 its tensor's width
+    0 its launch's first program for it       8 its tensor's width
     1 its tensor's address                    9 whether columns have 32 bits
     2 the address of its columns             10 the bits of its scale
     3 of its values                          11 the dtypes of the tensor, the values and the base's values: as COMPUTE
@@ -15,7 +15,7 @@ the other:
 
 Where several parts of a tensor hold one place, the last of them owns it: its thread alone reads and writes there, adds
 up all of them from the first to its own, and saves the old bits for all. Since columns rise within a row, the others'
-entries are found by halving. The common tensor has one part, for which no loop below does anything.
+entries are found by halving. The common tensor has one part, and a kernel of a third of the registers.
 
 A column beyond its row names no place: nothing is put there, and nothing is taken off. To refuse it would be to wait.
 """
@@ -55,20 +55,30 @@ def dtype_of(part, WHICH: tl.constexpr):
 
 
 @triton.jit
-def bits_at(address, wide, place, there, WHOLE: tl.constexpr, ALIGNED: tl.constexpr):
+def pointer_to(address, like: tl.constexpr, ALIGN: tl.constexpr):
+    """An address of a table, a multiple of so many bytes, as a pointer; 1: nothing is known of it."""
+    pointer = address.to(tl.pointer_type(like))
+    if ALIGN == 1:
+        return pointer
+    else:
+        return tl.multiple_of(pointer, ALIGN)
+
+
+@triton.jit
+def bits_at(address, wide, place, there, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
     """The bits of numbers of 32 bits, or 16 where they are not `wide`, at these places: uint32, 0 where not `there`.
 
     WHOLE: there are all of them, and no mask is needed.
     """
     result = tl.zeros(place.shape, tl.uint32)
     if wide:
-        longs = tables.address_of(address, tl.uint32, ALIGNED)
+        longs = pointer_to(address, tl.uint32, ALIGN)
         if WHOLE:
             result = tl.load(longs + place)
         else:
             result = tl.load(longs + place, mask=there, other=0)
     else:
-        shorts = tables.address_of(address, tl.uint16, ALIGNED)
+        shorts = pointer_to(address, tl.uint16, ALIGN)
         if WHOLE:
             result = tl.load(shorts + place).to(tl.uint32)
         else:
@@ -78,15 +88,15 @@ def bits_at(address, wide, place, there, WHOLE: tl.constexpr, ALIGNED: tl.conste
 
 @triton.jit
 def put_bits(address, wide, place, bits, there, WHOLE: tl.constexpr):
-    """The inverse of `bits_at`."""
+    """The inverse of `bits_at`; the old bits of parts, of which alone there are whole ones, begin at multiples of 8."""
     if wide:
-        longs = tables.address_of(address, tl.uint32, False)
+        longs = pointer_to(address, tl.uint32, 8 if WHOLE else 1)
         if WHOLE:
             tl.store(longs + place, bits)
         else:
             tl.store(longs + place, bits, mask=there)
     else:
-        shorts = tables.address_of(address, tl.uint16, False)
+        shorts = pointer_to(address, tl.uint16, 8 if WHOLE else 1)
         if WHOLE:
             tl.store(shorts + place, bits.to(tl.uint16))
         else:
@@ -111,25 +121,25 @@ def rounded(value, dtype):
 
 
 @triton.jit
-def values_of(part, entry, there, WHOLE: tl.constexpr, ALIGNED: tl.constexpr):
+def values_of(part, entry, there, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
     """Values of a part, float32."""
     dtype = dtype_of(part, 1)
-    bits = bits_at(tl.load(part + VALUES), dtype == numbers.FLOAT32, entry, there, WHOLE, ALIGNED)
+    bits = bits_at(tl.load(part + VALUES), dtype == numbers.FLOAT32, entry, there, WHOLE, ALIGN)
     return widened(bits, dtype)
 
 
 @triton.jit
-def base_values_of(part, entry, there, WHOLE: tl.constexpr, ALIGNED: tl.constexpr):
+def base_values_of(part, entry, there, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
     """The base's values of a part, float32."""
     dtype = dtype_of(part, 2)
-    bits = bits_at(tl.load(part + BASE), dtype == numbers.FLOAT32, entry, there, WHOLE, ALIGNED)
+    bits = bits_at(tl.load(part + BASE), dtype == numbers.FLOAT32, entry, there, WHOLE, ALIGN)
     return widened(bits, dtype)
 
 
 @triton.jit
-def columns_of(part, entry, there, WHOLE: tl.constexpr, ALIGNED: tl.constexpr):
+def columns_of(part, entry, there, WHOLE: tl.constexpr, ALIGN: tl.constexpr):
     """Columns of a part, int32."""
-    bits = bits_at(tl.load(part + COLUMNS), tl.load(part + WIDE_COLUMNS) != 0, entry, there, WHOLE, ALIGNED)
+    bits = bits_at(tl.load(part + COLUMNS), tl.load(part + WIDE_COLUMNS) != 0, entry, there, WHOLE, ALIGN)
     return bits.to(tl.int32, bitcast=True)
 
 
@@ -146,15 +156,18 @@ def found(part, row, column, wanted):
     for _ in range(0, tl.load(part + STEPS).to(tl.int32)):
         middle = low + (high - low) // 2
         left = low < high
-        below = columns_of(part, start + middle, wanted & left, False, False) < column
+        below = columns_of(part, start + middle, wanted & left, False, 1) < column
         low = tl.where(left & below, middle + 1, low)
         high = tl.where(left & (below == 0), middle, high)
     there = wanted & (low < kept.to(tl.int32))
-    return there & (columns_of(part, start + low, there, False, False) == column), start + low
+    return there & (columns_of(part, start + low, there, False, 1) == column), start + low
 
 
 @triton.jit
-def places(table, number, start, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def places(
+    table, number, start,
+    ALONE: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """BLOCK entries of a part: which they are, their rows and columns; whether they are there, and whether they own.
 
     start: the first of them, int64. WHOLE: the part has that many.
@@ -167,18 +180,19 @@ def places(table, number, start, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLO
     first_row = start // kept
     # Counted from the first row, what is divided is small.
     row = first_row + ((start - first_row * kept).to(tl.uint32) + index.to(tl.uint32)) // kept.to(tl.uint32)
-    column = columns_of(part, entry, there, WHOLE, ALIGNED)
+    column = columns_of(part, entry, there, WHOLE, ALIGN)
     owned = there & (column >= 0) & (column < tl.load(part + WIDTH))
-    for later in range(number + 1, tl.load(part + TO)):
-        also, _ = found(table + later * FIELDS, row, column, owned)
-        owned = owned & (also == 0)
+    if not ALONE:
+        for later in range(number + 1, tl.load(part + TO)):
+            also, _ = found(table + later * FIELDS, row, column, owned)
+            owned = owned & (also == 0)
     return entry, row, column, there, owned
 
 
 @triton.jit
 def worn(
     table, number, entry, row, column, old, owned,
-    SAVE: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+    SAVE: tl.constexpr, ALONE: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The bits of the places that a part owns, with all parts on them, where their own bits are `old`.
 
@@ -188,21 +202,23 @@ def worn(
     first = tl.load(part + FROM)
     dtype = dtype_of(part, 0)
     total = widened(old, dtype)
-    value = values_of(part, entry, owned, WHOLE, ALIGNED)
+    value = values_of(part, entry, owned, WHOLE, ALIGN)
     if tl.load(part + BASE) != 0:
+        if not ALONE:
+            for earlier in range(first, number):
+                other = table + earlier * FIELDS
+                also, place = found(other, row, column, owned)
+                counts = also & (values_of(other, place, also, False, 1) != 0.0)
+                total = tl.where(counts, base_values_of(other, place, also, False, 1), total)
+        total = tl.where(value != 0.0, base_values_of(part, entry, owned, WHOLE, ALIGN), total)
+    if not ALONE:
         for earlier in range(first, number):
             other = table + earlier * FIELDS
             also, place = found(other, row, column, owned)
-            counts = also & (values_of(other, place, also, False, False) != 0.0)
-            total = tl.where(counts, base_values_of(other, place, also, False, False), total)
-        total = tl.where(value != 0.0, base_values_of(part, entry, owned, WHOLE, ALIGNED), total)
-    for earlier in range(first, number):
-        other = table + earlier * FIELDS
-        also, place = found(other, row, column, owned)
-        term = values_of(other, place, also, False, False) * tables.float_of(tl.load(other + SCALE))
-        total = tl.where(also, total + term, total)
-        if SAVE:
-            put_bits(tl.load(other + SAVED), dtype == numbers.FLOAT32, place, old, also, False)
+            term = values_of(other, place, also, False, 1) * tables.float_of(tl.load(other + SCALE))
+            total = tl.where(also, total + term, total)
+            if SAVE:
+                put_bits(tl.load(other + SAVED), dtype == numbers.FLOAT32, place, old, also, False)
     return rounded(total + value * tables.float_of(tl.load(part + SCALE)), dtype)
 
 
@@ -220,51 +236,57 @@ def work_of(table, part_of, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def apply_block(table, number, start, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def apply_block(
+    table, number, start,
+    ALONE: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """`apply` for a block of a part's entries."""
     part = table + number * FIELDS
     wide = dtype_of(part, 0) == numbers.FLOAT32
     address, saved = tl.load(part + TENSOR), tl.load(part + SAVED)
-    entry, row, column, there, owned = places(table, number, start, WHOLE, ALIGNED, BLOCK)
+    entry, row, column, there, owned = places(table, number, start, ALONE, WHOLE, ALIGN, BLOCK)
     place = row * tl.load(part + WIDTH) + column
-    old = bits_at(address, wide, place, owned, False, False)
-    new = worn(table, number, entry, row, column, old, owned, True, WHOLE, ALIGNED)
+    old = bits_at(address, wide, place, owned, False, 1)
+    new = worn(table, number, entry, row, column, old, owned, True, ALONE, WHOLE, ALIGN)
     put_bits(address, wide, place, new, owned, False)
-    if number + 1 == tl.load(part + TO):
-        # All are its own.
+    if ALONE:
         put_bits(saved, wide, entry, old, there, WHOLE)
     else:
         put_bits(saved, wide, entry, old, owned, False)
 
 
 @triton.jit
-def apply(table, part_of, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """Put all parts onto their tensors, and save the old bits.
+def apply(table, part_of, ALONE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    """Put parts onto their tensors, and save the old bits.
 
-    table: see above. part_of: int32[programs]. ALIGNED: columns, values and bases begin at multiples of 16 bytes.
+    table: see above. part_of: int32[programs]. ALONE: each is its tensor's only one. ALIGN: columns, values and bases
+    begin at multiples of so many bytes.
     """
     number, start, whole = work_of(table, part_of, BLOCK)
     if whole:
-        apply_block(table, number, start, True, ALIGNED, BLOCK)
+        apply_block(table, number, start, ALONE, True, ALIGN, BLOCK)
     else:
-        apply_block(table, number, start, False, ALIGNED, BLOCK)
+        apply_block(table, number, start, ALONE, False, ALIGN, BLOCK)
 
 
 @triton.jit
-def changed_block(table, number, start, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def changed_block(
+    table, number, start,
+    ALONE: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """How many places that a block of entries owns do not hold what was put there."""
     part = table + number * FIELDS
     wide = dtype_of(part, 0) == numbers.FLOAT32
-    entry, row, column, there, owned = places(table, number, start, WHOLE, ALIGNED, BLOCK)
+    entry, row, column, there, owned = places(table, number, start, ALONE, WHOLE, ALIGN, BLOCK)
     place = row * tl.load(part + WIDTH) + column
-    old = bits_at(tl.load(part + SAVED), wide, entry, there, WHOLE, False)
-    new = worn(table, number, entry, row, column, old, owned, False, WHOLE, ALIGNED)
-    now = bits_at(tl.load(part + TENSOR), wide, place, owned, False, False)
+    old = bits_at(tl.load(part + SAVED), wide, entry, there, WHOLE, 8)
+    new = worn(table, number, entry, row, column, old, owned, False, ALONE, WHOLE, ALIGN)
+    now = bits_at(tl.load(part + TENSOR), wide, place, owned, False, 1)
     return tl.sum((owned & (now != new)).to(tl.int32), axis=0)
 
 
 @triton.jit
-def count_changed(table, part_of, changed, any, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def count_changed(table, part_of, changed, any, ALONE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
     """Count the places of each tensor that do not hold what was put there.
 
     changed: int64[tensors], added to. any: int64[1], made other than 0 where there is such a place.
@@ -272,30 +294,33 @@ def count_changed(table, part_of, changed, any, ALIGNED: tl.constexpr, BLOCK: tl
     number, start, whole = work_of(table, part_of, BLOCK)
     count = tl.zeros((), tl.int32)
     if whole:
-        count = changed_block(table, number, start, True, ALIGNED, BLOCK)
+        count = changed_block(table, number, start, ALONE, True, ALIGN, BLOCK)
     else:
-        count = changed_block(table, number, start, False, ALIGNED, BLOCK)
+        count = changed_block(table, number, start, ALONE, False, ALIGN, BLOCK)
     if count > 0:
         tl.atomic_add(changed + tl.load(table + number * FIELDS + NUMBER), count.to(tl.int64), sem="relaxed")
         tl.store(any, count.to(tl.int64))
 
 
 @triton.jit
-def revert_block(table, number, start, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def revert_block(
+    table, number, start,
+    ALONE: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """`revert` for a block of a part's entries."""
     part = table + number * FIELDS
     wide = dtype_of(part, 0) == numbers.FLOAT32
-    entry, row, column, there, owned = places(table, number, start, WHOLE, ALIGNED, BLOCK)
-    old = bits_at(tl.load(part + SAVED), wide, entry, there, WHOLE, False)
+    entry, row, column, there, owned = places(table, number, start, ALONE, WHOLE, ALIGN, BLOCK)
+    old = bits_at(tl.load(part + SAVED), wide, entry, there, WHOLE, 8)
     put_bits(tl.load(part + TENSOR), wide, row * tl.load(part + WIDTH) + column, old, owned, False)
 
 
 @triton.jit
-def revert(table, part_of, any, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def revert(table, part_of, any, ALONE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
     """Give all places their old bits back, if `count_changed` has found none to be changed."""
     number, start, whole = work_of(table, part_of, BLOCK)
     if tl.load(any) == 0:
         if whole:
-            revert_block(table, number, start, True, ALIGNED, BLOCK)
+            revert_block(table, number, start, ALONE, True, ALIGN, BLOCK)
         else:
-            revert_block(table, number, start, False, ALIGNED, BLOCK)
+            revert_block(table, number, start, ALONE, False, ALIGN, BLOCK)

@@ -36,13 +36,13 @@ MUTATIONS = [
         ("what is looked for may be the last", "low < kept.to(tl.int32))\n", "low < kept.to(tl.int32) - 1)\n"),
         (
             "a part replaces where its value is not 0",
-            "counts = also & (values_of(other, place, also, False, False) != 0.0)",
+            "counts = also & (values_of(other, place, also, False, 1) != 0.0)",
             "counts = also",
         ),
         (
             "its own value replaces where it is not 0",
-            "total = tl.where(value != 0.0, base_values_of(part, entry, owned, WHOLE, ALIGNED), total)",
-            "total = base_values_of(part, entry, owned, WHOLE, ALIGNED)",
+            "total = tl.where(value != 0.0, base_values_of(part, entry, owned, WHOLE, ALIGN), total)",
+            "total = base_values_of(part, entry, owned, WHOLE, ALIGN)",
         ),
         (
             "the parts before save their old bits, too",

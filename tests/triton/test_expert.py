@@ -47,7 +47,7 @@ def family(most: int, replaced: bool, odd: bool = False) -> tuple[list[Tensor], 
         ranked = torch.randn(shape, generator=generator)
         for number in range((of + 1) % (most + 1)):
             delta = ranked + 0.3 * torch.randn(shape, generator=generator)
-            delta[torch.rand(shape, generator=generator) < 0.05] = 0.0
+            delta[torch.rand(shape, generator=generator) < 0.4] = 0.0
             keep = 0.002 if shape[-1] > 65536 else (0.9, 0.2, 0.5)[number % 3]
             expert = ops.extract_expert(delta, keep, dtype=DTYPES[number % 3], backend="reference")
             at_base = expert.at(base).to(DTYPES[(number + 1) % 3]) if replaced else None
@@ -64,20 +64,21 @@ def of_the_family() -> dict[str, int]:
 
 
 @pytest.mark.parametrize(("most", "replaced", "odd"), [(1, False, False), (3, False, True), (4, True, False)])
-def test_one_launch_takes_all_tensors(most: int, replaced: bool, odd: bool) -> None:
+def test_one_launch_takes_all_tensors_and_one_those_of_several_parts(most: int, replaced: bool, odd: bool) -> None:
     tensors, parts = family(most, replaced, odd)
     before = [x.clone() for x in tensors]
     expected = [x.clone() for x in tensors]
     wanted = ops.expert_apply_(expected, parts, backend="reference")
     launch.launched.clear()
     saved = ops.expert_apply_(tensors, parts, backend="triton")
-    assert of_the_family() == {"apply": 1}
+    launches = 1 if most == 1 else 2
+    assert of_the_family() == {"apply": launches}
     assert_bitwise_equal(saved, wanted)
     for one, other in zip(tensors, expected):
         assert_bitwise_equal(one, other)
     launch.launched.clear()
     assert not any(ops.expert_revert_(tensors, parts, saved, backend="triton"))
-    assert of_the_family() == {"count_changed": 1, "revert": 1}
+    assert of_the_family() == {"count_changed": launches, "revert": launches}
     for one, other in zip(tensors, before):
         assert_bitwise_equal(one, other)
 

@@ -1,9 +1,11 @@
-"""Light experts in Triton: put on and taken off by one launch for all tensors, with the bits of the reference."""
+"""Light experts in Triton, with the reference's bits: a launch for all tensors, one more for those of several parts."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ __all__ = ["expert_apply_", "expert_revert_"]
 
 BLOCK = 1024
 """Entries of a part that a program takes: eight for each thread, whose gathers are under way together."""
+
+SHARED_BLOCK = 512
+"""Where a tensor has several parts: fewer, since each thread has more to remember."""
 
 
 def expert_apply_(tensors: list[Tensor], parts: list[ExpertPart]) -> Tensor:
@@ -38,6 +43,16 @@ def expert_revert_(tensors: list[Tensor], parts: list[ExpertPart], saved: Tensor
     return changed
 
 
+class _Group(NamedTuple):
+    """Parts that one launch takes: rows of the table from `first` on, so many programs of `block` entries."""
+
+    first: int
+    parts: int
+    programs: int
+    alone: bool
+    block: int
+
+
 class _Worn:
     """Parts and their tensors as kernels find them; on leaving, tensors that had to be copied get what was written."""
 
@@ -47,28 +62,33 @@ class _Worn:
         # Old bits begin at multiples of 8 among them.
         self._saved = saved if saved.data_ptr() % 8 == 0 else saved.clone()
         self._given: list[Tensor] = []
-        self._block = block(BLOCK)
         layout = saved_layout(tensors, parts)
         live = [(part, first) for part, (first, _) in zip(parts, layout) if part.columns.numel()]
-        counts = [tiles(part.columns.numel(), self._block) for part, _ in live]
-        self._programs = sum(counts)
-        if not live:
-            return
-        scales = torch.tensor([part.scale for part, _ in live], dtype=torch.float32).view(torch.int32).tolist()
-        owners = [part.of for part, _ in live]
-        begin = {owner: at for at, owner in reversed(list(enumerate(owners)))}
-        end = {owner: at + 1 for at, owner in enumerate(owners)}
-        firsts = accumulate(counts, initial=0)
-        listed: list[int] = []
-        for (part, first), program, scale in zip(live, firsts, scales):
-            listed += (program, *self._part(part, first), scale, self._dtypes(part))
-            listed += (begin[part.of], end[part.of], part.of, part.columns.shape[1].bit_length())
-        self._table = table([*listed, *counts], saved.device)
+        number_of = Counter(part.of for part, _ in live)
+        alone = [each for each in live if number_of[each[0].of] == 1]
+        shared = [each for each in live if number_of[each[0].of] > 1]
+        self._groups: list[_Group] = []
+        rows: list[int] = []
+        counts: list[int] = []
+        for group, size in ((alone, block(BLOCK)), (shared, min(SHARED_BLOCK, block(BLOCK)))):
+            if not group:
+                continue
+            own = [tiles(part.columns.numel(), size) for part, _ in group]
+            rows += self._rows(group, own, len(counts))
+            self._groups.append(_Group(len(counts), len(group), sum(own), group is alone, size))
+            counts += own
+        self._table = table([*rows, *counts], saved.device)
+        self._counts = self._table[len(rows) :]
         self._aligned = aligned(self._given)
-        part_of = torch.arange(len(live), dtype=torch.int32, device=saved.device)
-        # Told how many programs there are, nothing waits for the GPU.
-        repeats = self._table[len(listed) : len(listed) + len(live)]
-        self._part_of = part_of.repeat_interleave(repeats, output_size=self._programs)
+
+    def _rows(self, group: list[tuple[ExpertPart, int]], counts: list[int], before: int) -> Iterator[int]:
+        """The rows of some parts, whose old bits begin there. counts: of programs. before: as many rows come first."""
+        scales = torch.tensor([part.scale for part, _ in group], dtype=torch.float32).view(torch.int32).tolist()
+        end = {part.of: before + at + 1 for at, (part, _) in enumerate(group)}
+        begin = {part.of: before + at for at, (part, _) in reversed(list(enumerate(group)))}
+        for (part, first), program, scale in zip(group, accumulate(counts, initial=0), scales):
+            yield from (program, *self._part(part, first), scale, self._dtypes(part))
+            yield from (begin[part.of], end[part.of], part.of, part.columns.shape[1].bit_length())
 
     def _part(self, part: ExpertPart, first: int) -> tuple[int, ...]:
         """The fields 1 to 9 of a part's row. first: where its old bits begin."""
@@ -93,10 +113,17 @@ class _Worn:
 
     def launch(self, kernel: Any, *counts: Tensor) -> None:
         """Launch a kernel over all entries."""
-        if self._programs:
-            constants = {"ALIGNED": self._aligned, "BLOCK": self._block}
-            device = self._saved.device
-            launch(kernel, (self._programs,), device, self._table, self._part_of, *counts, **constants)
+        device = self._saved.device
+        for group in self._groups:
+            part_of = torch.arange(group.first, group.first + group.parts, dtype=torch.int32, device=device)
+            repeats = self._counts[group.first : group.first + group.parts]
+            # Told how many programs there are, nothing waits for the GPU.
+            part_of = part_of.repeat_interleave(repeats, output_size=group.programs)
+            constants = {"ALONE": group.alone, "ALIGN": 16 if self._aligned else 1, "BLOCK": group.block}
+            # The assembler would put some aside in memory to have more threads.
+            registers = None if group.alone else 128
+            arguments = (self._table, part_of, *counts)
+            launch(kernel, (group.programs,), device, *arguments, registers=registers, **constants)
 
     def __enter__(self) -> _Worn:
         return self
