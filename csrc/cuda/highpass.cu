@@ -222,7 +222,7 @@ struct Reader {
         FM_UNROLL
         for (int i = 0; i < kReads; ++i) {
             bool there = reader() + i * kReaders < count;
-            const char* from = x + i * kReaders * width * kSize;
+            const char* from = x + kSize * i * kReaders * width;
             load_four<kWide, kAligned>(from, column, there ? width : 0, out.upper[i]);
             load_four<kWide, kAligned>(from + below, column, there && two ? width : 0, out.lower[i]);
             load_four<true, kAligned>(basis + static_cast<int64_t>(i * kReaders) * rank, vector, there ? rank : 0,
@@ -231,7 +231,7 @@ struct Reader {
     }
 
     FM_METHOD void advance(int32_t pairs) {
-        x += pairs * width * kSize;
+        x += kSize * pairs * width;
         basis += static_cast<int64_t>(pairs) * rank;
     }
 };

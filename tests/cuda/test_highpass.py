@@ -152,6 +152,11 @@ def test_how_many_sums_there_are() -> None:
     assert splits(2, 64, 16, 100) == 1
 
 
+def test_rows_that_are_too_long_are_refused() -> None:
+    with pytest.raises(ValueError, match="rows are longer"):
+        launch.compiled.highpass_splits(HERE, ((0, 0), 1, 2, 1 << 31, [(0, 16), (0, 16)]), 1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [36, 37])
 def test_a_nan_has_one_pattern(dtype: torch.dtype, width: int) -> None:

@@ -14,6 +14,7 @@ cuda::Filtered filtered(const FilteredRef& ref) {
     std::vector<std::pair<uintptr_t, int32_t>> bases;
     std::tie(x, made.matrices, made.height, made.width, bases) = ref;
     need(bases.size() == 1 || (bases.size() == 2 && made.height % 2 == 0), "the number of classes is out of range");
+    need(made.width < (int64_t{1} << 31) - 128, "rows are longer than kernels count");
     made.x = array(x);
     made.classes = static_cast<int32_t>(bases.size());
     for (size_t i = 0; i < bases.size(); ++i) {
