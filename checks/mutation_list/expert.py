@@ -83,7 +83,7 @@ MUTATIONS = [
         TRITON,
         (
             "what had to be copied gets what was written",
-            "                x.copy_(copy.view(x.shape))\n",
+            "                x.copy_(copy)\n",
             "                x.copy_(x.clone())\n",
         ),
         (

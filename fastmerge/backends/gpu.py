@@ -17,6 +17,11 @@ def rounded(values: list[float], compute: torch.dtype = torch.float32) -> list[f
     return numbers
 
 
+def loadable(x: Tensor) -> Tensor:
+    """A tensor that a GPU can load: a copy where its address is no multiple of its elements' size."""
+    return x if x.data_ptr() % x.element_size() == 0 else x.clone()
+
+
 def bounds_by_group(
     bounds_of: _BoundsOf, groups: list[list[int]], tensors: list[Tensor], first: list[int], last: list[int]
 ) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import filters
 from .filters import HighpassPlan, Limits, Mask
+from .gpu import loadable
 from .highpass import full_precision
 
 DEVICE = "cuda"
@@ -60,7 +61,7 @@ def filtered(kernels: Kernels, x: Tensor, out: Tensor, plan: HighpassPlan) -> No
     if plan.route == "nothing":
         out.copy_(x)
         return
-    x, target = _loadable(x), _loadable(out)
+    x, target = loadable(x), loadable(out)
     run = _lowrank if plan.route == "lowrank" else _rfft
     shape = (-1, plan.height, plan.width)
     together = filters.together(plan.height, plan.width)
@@ -69,11 +70,6 @@ def filtered(kernels: Kernels, x: Tensor, out: Tensor, plan: HighpassPlan) -> No
             run(kernels, matrices, results, plan)
     if target is not out:
         out.copy_(target)
-
-
-def _loadable(x: Tensor) -> Tensor:
-    """A tensor that a GPU can load: a copy where its address is no multiple of its elements' size."""
-    return x if x.data_ptr() % x.element_size() == 0 else x.clone()
 
 
 # -- lowrank ----------------------------------------------------------------------------------------------------------

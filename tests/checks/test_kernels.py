@@ -60,7 +60,7 @@ def test_kernels_that_keep_the_rules_are_left_alone(name):
         ("fusion_allowed", "fused multiply-add", TARGETS),
         ("cast", "conversion of bfloat16", NVIDIA),
         ("float_atomic", "atomic", TARGETS),
-        ("multiplied", "multiplies matrices", NVIDIA),
+        ("multiplied", "multiplies matrices", TARGETS),
         ("unaligned", "that a thread loads per tile", TARGETS),
         ("unaligned", "that a thread stores per tile", TARGETS),
         ("masked", "that a thread loads per tile", TARGETS),

@@ -27,11 +27,18 @@ def test_the_kernels_keep_to_it():
         ("x = tl.exp(y)", "tl.exp does not"),
         ("x = tl.math.fma(y, y, y)", "tl.fma does not"),
         ("x = y.to(tl.bfloat16)", "rounds one way"),
+        ("x = tl.dot(y, z)", "an order of the hardware's own"),
     ],
 )
 def test_what_gives_other_bits_is_found(tmp_path, code, sentence):
     (problem,) = found(tmp_path, f"\n{code}\n")
     assert problem.startswith("triton_kernels/family.py:2: ") and sentence in problem
+
+
+def test_the_filter_may_multiply_matrices(tmp_path):
+    assert found(tmp_path, "x = tl.dot(y, z)") != []
+    (tmp_path / "triton_kernels" / "family.py").rename(tmp_path / "triton_kernels" / "highpass.py")
+    assert triton_sources.problems(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.gpu import support
 from tests.gpu.calls import CALLS
 from tests.gpu.support import by_kernels, captured, each_device, few_models, moved, nobody_waits, only_cuda, same
 from tests.ops.test_library import op, pcb_arguments, samples
+from tests.strategies import DTYPES
 
 f32 = torch.float32
 SAMPLES = len(samples(0, 5, "reference"))
@@ -342,6 +344,31 @@ def test_nobody_waits_for_the_gpu(run: Any, device: str, monkeypatch: pytest.Mon
     with nobody_waits(device):
         result = work()
     same(result, by_reference(run, tensors, monkeypatch))
+
+
+@each_device
+@pytest.mark.parametrize("each", [1, 2])
+def test_experts_are_put_on_and_taken_off_and_nobody_waits(each: int, device: str) -> None:
+    """Five tensors of three dtypes: what their kernels need to know is copied."""
+    generator = torch.Generator().manual_seed(0)
+    thetas = [torch.randn(9, 200, generator=generator).to(DTYPES[of % 3]) for of in range(5)]
+    experts = [
+        (of, ops.extract_expert(torch.randn(9, 200, generator=generator), 0.3, backend="reference"))
+        for of in range(5)
+        for _ in range(each)
+    ]
+    columns, values = [e.columns for _, e in experts], [e.values for _, e in experts]
+    given = [of for of, _ in experts], columns, values, [0.5 + of for of, _ in experts], []
+    expected = [x.clone() for x in thetas]
+    wanted = op("expert_apply_")(expected, *given, "reference")
+    tensors, there = moved(thetas, device), moved(given, device)
+    for compiled in (False, True):
+        with nobody_waits(device) if compiled else nullcontext():
+            saved = op("expert_apply_")(tensors, *there, support.BACKEND)
+        same([saved, *tensors], [wanted, *expected])
+        with nobody_waits(device) if compiled else nullcontext():
+            changed = op("expert_revert_")(tensors, *there, saved, support.BACKEND)
+        same([changed, *tensors], [torch.zeros(5, dtype=torch.int64), *thetas])
 
 
 @each_device

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..._triton import expert as kernels
+from ..gpu import loadable
 from ..rule import ExpertPart, saved_layout
 from .launch import CODES, aligned, block, launch, table, tiles
-from .sparsify import usable
 
 __all__ = ["expert_apply_", "expert_revert_"]
 
@@ -28,7 +28,7 @@ def expert_apply_(tensors: list[Tensor], parts: list[ExpertPart]) -> Tensor:
     """Put experts onto tensors; see `fastmerge.ops.expert_apply_`."""
     layout = saved_layout(tensors, parts)
     saved = torch.zeros(layout[-1][1] if layout else 0, dtype=torch.uint8, device=tensors[0].device)
-    with _Worn(tensors, parts, saved) as worn:
+    with _Worn(tensors, parts, layout, saved) as worn:
         worn.launch(kernels.apply)
     return saved
 
@@ -37,7 +37,7 @@ def expert_revert_(tensors: list[Tensor], parts: list[ExpertPart], saved: Tensor
     """Take experts off tensors; see `fastmerge.ops.expert_revert_`."""
     changed = torch.zeros(len(tensors), dtype=torch.int64, device=saved.device)
     some = torch.zeros(1, dtype=torch.int64, device=saved.device)
-    with _Worn(tensors, parts, saved) as worn:
+    with _Worn(tensors, parts, saved_layout(tensors, parts), saved) as worn:
         worn.launch(kernels.count_changed, changed, some)
         worn.launch(kernels.revert, some)
     return changed
@@ -56,13 +56,14 @@ class _Group(NamedTuple):
 class _Worn:
     """Parts and their tensors as kernels find them; on leaving, tensors that had to be copied get what was written."""
 
-    def __init__(self, tensors: list[Tensor], parts: list[ExpertPart], saved: Tensor) -> None:
+    def __init__(
+        self, tensors: list[Tensor], parts: list[ExpertPart], layout: list[tuple[int, int]], saved: Tensor
+    ) -> None:
         self._tensors = tensors
-        self._loadable = [usable(x) for x in tensors]
+        self._loadable = [loadable(x) for x in tensors]
         # Old bits begin at multiples of 8 among them.
         self._saved = saved if saved.data_ptr() % 8 == 0 else saved.clone()
         self._given: list[Tensor] = []
-        layout = saved_layout(tensors, parts)
         live = [(part, first) for part, (first, _) in zip(parts, layout) if part.columns.numel()]
         number_of = Counter(part.of for part, _ in live)
         alone = [each for each in live if number_of[each[0].of] == 1]
@@ -92,7 +93,7 @@ class _Worn:
 
     def _part(self, part: ExpertPart, first: int) -> tuple[int, ...]:
         """The fields 1 to 9 of a part's row. first: where its old bits begin."""
-        given = [usable(x) for x in (part.columns, part.values, part.base) if x is not None]
+        given = [loadable(x) for x in (part.columns, part.values, part.base) if x is not None]
         self._given += given
         x = self._tensors[part.of]
         return (
@@ -130,5 +131,5 @@ class _Worn:
 
     def __exit__(self, *_: object) -> None:
         for x, copy in zip(self._tensors, self._loadable):
-            if copy.data_ptr() != x.data_ptr():
-                x.copy_(copy.view(x.shape))
+            if copy is not x:
+                x.copy_(copy)
