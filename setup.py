@@ -23,8 +23,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-CUDA_FAMILIES = ("select", "sparsify", "pcb", "consensus")
-FAMILIES = (*CUDA_FAMILIES, "expert")
+FAMILIES = ("select", "sparsify", "pcb", "consensus", "expert")
+CUDA_FAMILIES = (*FAMILIES, "highpass")
 DRIVERS = ("dispatch", "pool", *FAMILIES)
 
 CUDA_SOURCES = ("driver", *CUDA_FAMILIES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from checks.mutation_list.mutation import in_file
 
 TRITON = ("tests/triton/test_expert.py", "tests/ops/test_expert.py::test_apply_and_revert[triton]")
+CUDA = ("tests/cuda/test_expert.py", "tests/ops/test_expert.py::test_apply_and_revert[cuda]")
 
 MUTATIONS = [
     *in_file(
@@ -91,5 +92,60 @@ MUTATIONS = [
             "part.columns.shape[1].bit_length() - 1)",
         ),
         ("parts of a tensor follow one another", "begin[part.of], end[part.of]", "begin[part.of], begin[part.of] + 1"),
+    ),
+    *in_file(
+        "csrc/cuda/expert.cu",
+        CUDA,
+        ("a part begins with its first block", "parts[at].first_block <= block()", "parts[at].first_block < block()"),
+        (
+            "a part is looked for at 32 places",
+            "low += (count_bits(before) - 1) * step;",
+            "low += count_bits(before) > 1 ? step : 0;",
+        ),
+        (
+            "a row may begin before its block",
+            "(some.place + static_cast<uint32_t>(entry - some.first))",
+            "(0 * some.place + static_cast<uint32_t>(entry - some.first))",
+        ),
+        ("a column beyond its row is nowhere", "return column < static_cast<uint64_t>(part.width);", "return true;"),
+        (
+            "a place has one owner",
+            "        if (entry_at(parts[p], row, column) >= 0) return false;\n",
+            "        if (entry_at(parts[p], row, column) < -1) return false;\n",
+        ),
+        (
+            "zeros do not replace where experts meet",
+            "if (at >= 0 && expert_replaces(load_value(values_of(parts[p]), at)))",
+            "if (at >= 0)",
+        ),
+        (
+            "zeros do not replace alone",
+            "if (replaces && expert_replaces(given))",
+            "if (replaces)",
+        ),
+        (
+            "all parts keep the old bits",
+            "if (kMode == kApply) store_bits(parts[p].saved,",
+            "if (kMode == kApply && p == own) store_bits(parts[p].saved,",
+        ),
+        (
+            "parts are added from the first on",
+            "total = expert_add(total, load_value",
+            "total = expert_add(0 * total, load_value",
+        ),
+        ("what has been changed is not put back", "changed[tensors] != 0) return;", "changed[tensors] < 0) return;"),
+        ("each tensor has a count", "&changed[part.tensor]", "&changed[0]"),
+        (
+            "the last round ends with the block's entries",
+            "if (begin + e * kThreads >= some.end || !in_row",
+            "if (begin + e * kThreads >= some.end + 64 || !in_row",
+        ),
+        ("addresses may be odd", "static_cast<uintptr_t>(size - 1)) == 0;", "static_cast<uintptr_t>(0)) == 0;"),
+    ),
+    *in_file(
+        "fastmerge/backends/cuda/expert.py",
+        CUDA,
+        ("the parts of a tensor end with it", "first, ends[part.of], part.of", "first, len(given), part.of"),
+        ("bytes between the parts are 0", "saved = torch.zeros(", "saved = torch.ones("),
     ),
 ]

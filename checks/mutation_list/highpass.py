@@ -5,6 +5,7 @@ from __future__ import annotations
 from checks.mutation_list.mutation import in_file
 
 TRITON = ("tests/triton/test_highpass.py",)
+CUDA = ("tests/cuda/test_highpass.py",)
 ROUTES = ("tests/ops/test_highpass.py::test_every_route_on_gpus_is_within_the_tolerance",)
 TABLES = ("tests/ops/test_highpass.py::test_bands_points_and_runs_are_those_of_the_whole_mask",)
 
@@ -93,6 +94,83 @@ MUTATIONS = [
             "what is kept ends at the limit",
             "int(near[self._keeps(near)][-1])",
             "int(near[self._keeps(near)][-1]) - 1",
+        ),
+    ),
+    *in_file(
+        "csrc/cuda/highpass.cu",
+        CUDA,
+        (
+            "the second class has differences",
+            "upper.v[k] - lower.v[k];\n        }\n        put_four(&mine.part[0]",
+            "upper.v[k] + lower.v[k];\n        }\n        put_four(&mine.part[0]",
+        ),
+        ("all slices count", "for (int32_t s = 1; s < slices; ++s) {", "for (int32_t s = 1; s < slices - 1; ++s) {"),
+        (
+            "behind a sum's last row there is nothing",
+            "bool there = reader() + i * kReaders < count;",
+            "bool there = reader() + i * kReaders < count + (count & 1);",
+        ),
+        (
+            "the second class has vectors of its own",
+            "(class_of(x, group) == 1 ? groups_of(x.rank[0]) : 0)",
+            "(class_of(x, group) == 1 ? 1 : 0)",
+        ),
+        ("the second class lies behind the first", "+ (which == 1 ? x.rank[0] : 0);", "+ (which == 1 ? 0 : 0);"),
+        ("each sum has rows of its own", "begin = place.split * each, end", "begin = 0 * each, end"),
+        (
+            "blocks share the vectors",
+            "place.group = static_cast<int32_t>(number % chunks) * kGroupsOnce;",
+            "place.group = static_cast<int32_t>(number % chunks) * 0;",
+        ),
+        (
+            "vectors end with their class",
+            "        if (first + i >= rank) break;\n",
+            "        if (first + i > rank) break;\n",
+        ),
+        ("of many vectors not all stay", "if (row == first || most > kDepth) stage", "if (row == first) stage"),
+        (
+            "later vectors have their coefficients",
+            "((which == 1 ? x.rank[0] : 0) + depth + i) * x.width",
+            "((which == 1 ? x.rank[0] : 0) + i) * x.width",
+        ),
+        ("the lower half has the second product negated", "lower.v[k] - (even - odd);", "lower.v[k] - (even + odd);"),
+        (
+            "a strip ends with the rows",
+            "                if (pair >= last) break;\n",
+            "                if (pair > last) break;\n",
+        ),
+        (
+            "what is kept ends at the limit",
+            "squared > limits.most) return 0.0f;",
+            "squared >= limits.most) return 0.0f;",
+        ),
+        ("what is kept begins at the limit", "squared < limits.least ||", "squared <= limits.least ||"),
+        ("the ring is doubled", "squared == limits.ring ? 2.0f : 1.0f;", "squared == limits.ring ? 1.0f : 1.0f;"),
+        (
+            "the mask is the mean of both",
+            "if (limits.mirrored == 0) return here;",
+            "if (limits.mirrored < 2) return here;",
+        ),
+        ("the opposite of 0 is 0", "{ return k == 0 ? 0 : n - k; }", "{ return k < 0 ? 0 : n - k; }"),
+        (
+            "pairs of places begin evenly",
+            "limits.across % 2 == 0 && reinterpret_cast<uintptr_t>(lines) % 16 == 0;",
+            "limits.across % 2 == 0;",
+        ),
+        (
+            "fours begin evenly",
+            "return width % 4 == 0 && reinterpret_cast<uintptr_t>(data)",
+            "return width % 4 == 0 || reinterpret_cast<uintptr_t>(data)",
+        ),
+    ),
+    *in_file(
+        "fastmerge/backends/cuda/highpass.py",
+        CUDA,
+        ("the sums are added up", "torch.sum(sums, dim=0, out=coefficients)", "coefficients.copy_(sums[0])"),
+        (
+            "lines are counted from the first one given",
+            "lines.shape[0], first, lines.shape[1], scale)",
+            "lines.shape[0], 0, lines.shape[1], scale)",
         ),
     ),
 ]

@@ -36,4 +36,6 @@ PYBIND11_MODULE(FASTMERGE_CUDA_MODULE, m) {
     fastmerge::bindings::bind_sparsify(m);
     fastmerge::bindings::bind_consensus(m);
     fastmerge::bindings::bind_pcb(m);
+    fastmerge::bindings::bind_expert(m);
+    fastmerge::bindings::bind_highpass(m);
 }

@@ -98,5 +98,21 @@ int pcb_likely_window(Place place, int32_t rows, const int32_t* sample, int64_t 
 int pcb_settle(Place place, int32_t rows, const int64_t* rank, const int32_t* window, const int64_t* collected,
                int64_t capacity, const int64_t* prefix, int64_t* found, int32_t* missing);
 
+// expert. parts: a table in the device's memory; none is empty, and of kEntries entries each has as many blocks as that
+// makes.
+int expert_apply(Place place, const ExpertPart* parts, int32_t count, int64_t blocks);
+// changed: tensors + 1 zeros, to which are added how many places of each tensor, and of all, do not hold what was put.
+int expert_revert(Place place, const ExpertPart* parts, int32_t count, int64_t blocks, int64_t* changed,
+                  int32_t tensors);
+
+// highpass, where multiplications and additions are fused. Matrices have fewer than 2^31 - 128 columns.
+int64_t highpass_splits(const Filtered& x, int64_t most);  // into how many sums the rows are taken, 1 to `most`
+// out: [splits, n, r, W], to be added up in order
+int highpass_project(Place place, const Filtered& x, int64_t splits, float* out);
+int highpass_subtract(Place place, const Filtered& x, const float* coefficients, void* out);  // out: of x's dtype
+// Multiplies [matrices, count, across] complex numbers, of lines from `first` on.
+int highpass_mask(Place place, float* lines, const MaskLimits& limits, int64_t matrices, int64_t first, int64_t count,
+                  float scale);
+
 }  // namespace cuda
 FM_NAMESPACE_END

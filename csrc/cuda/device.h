@@ -97,9 +97,25 @@ FM_DEVICE void store16(void* to, const Words4& value) {
     __stcs(static_cast<uint4*>(to), make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]));
 }
 
+struct alignas(8) Words2 {
+    uint32_t word[2];
+};
+
+// Memory that is read again soon, maybe by another kernel. The address is a multiple of 16, or of 8.
+FM_DEVICE Words4 load16again(const void* from) {
+    uint4 read = *static_cast<const uint4*>(from);
+    return {{read.x, read.y, read.z, read.w}};
+}
+FM_DEVICE Words2 load8bytes(const void* from) {
+    uint2 read = *static_cast<const uint2*>(from);
+    return {{read.x, read.y}};
+}
+
 FM_DEVICE uint32_t load_byte(const void* from) { return *static_cast<const unsigned char*>(from); }
 
 // The address is a multiple of so many bytes.
+FM_DEVICE uint32_t load2bytes(const void* from) { return *static_cast<const unsigned short*>(from); }
+FM_DEVICE uint32_t load4bytes(const void* from) { return *static_cast<const unsigned int*>(from); }
 FM_DEVICE void store2bytes(void* to, uint32_t low_half) {
     *static_cast<unsigned short*>(to) = static_cast<unsigned short>(low_half);
 }
@@ -123,6 +139,8 @@ FM_DEVICE uint32_t two_float16(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
 }
+// a * b + c, rounded once. The family highpass alone may use it: its results are within a tolerance.
+FM_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FM_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 template <class T>

@@ -155,11 +155,35 @@ FM_DEVICE void store16(void* to, const Words4& value) {
     memcpy(to, &value, 16);
 }
 
+struct alignas(8) Words2 {
+    uint32_t word[2];
+};
+
+FM_DEVICE Words4 load16again(const void* from) { return load16(from); }
+FM_DEVICE Words2 load8bytes(const void* from) {
+    emulated::touch(from, 8);
+    Words2 value;
+    memcpy(&value, from, 8);
+    return value;
+}
+
 FM_DEVICE uint32_t load_byte(const void* from) {
     emulated::touch(from, 1);
     return *static_cast<const unsigned char*>(from);
 }
 
+FM_DEVICE uint32_t load2bytes(const void* from) {
+    emulated::touch(from, 2);
+    uint16_t value;
+    memcpy(&value, from, 2);
+    return value;
+}
+FM_DEVICE uint32_t load4bytes(const void* from) {
+    emulated::touch(from, 4);
+    uint32_t value;
+    memcpy(&value, from, 4);
+    return value;
+}
 FM_DEVICE void store2bytes(void* to, uint32_t low_half) {
     emulated::touch(to, 2);
     memcpy(to, &low_half, 2);
@@ -189,6 +213,7 @@ FM_DEVICE float fmaxf(float a, float b) {
     if (a == b) return signbit(a) ? b : a;
     return a > b || b != b ? a : b;
 }
+FM_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 FM_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
     return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
 }

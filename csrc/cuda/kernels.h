@@ -115,5 +115,44 @@ struct PcbSweepArgs {
     int64_t runs, first;    // kPcbSample: so many runs of neighbours, of which the first goes there in `out`
 };
 
+// A part of an expert that belongs to one tensor, as the table of a call has it in the device's memory; parts are in
+// the order of their tensors. All numbers have 64 bits, so that the host's table is a row of them for each.
+struct ExpertPart {
+    void* data;           // the tensor
+    const void* columns;  // [rows, kept], rising in each row
+    const void* values;   // [rows, kept]
+    const void* base;     // the base's values there; nullptr: the expert is added
+    void* saved;          // the tensor's own bits there
+    int64_t dtype, values_dtype, base_dtype;
+    int64_t columns_wide;  // whether columns have 32 bits instead of 16
+    int64_t scale;         // the bits of a float
+    int64_t kept, entries, width;
+    int64_t first, end;   // the parts of the same tensor
+    int64_t tensor;       // the tensor's number
+    int64_t first_block;  // of those that work for this part
+};
+
+constexpr int kExpertNumbers = 17;     // of a part in the table
+constexpr int32_t kEntries = 1 << 11;  // of a part that a block takes
+static_assert(sizeof(ExpertPart) == 8 * kExpertNumbers, "a row of the table");
+
+// Matrices that are filtered, [n, H, W], and the bases that span what is taken from them; every address is a multiple
+// of its elements' size.
+struct Filtered {
+    Array x;
+    int64_t matrices, height, width;
+    const float* basis[2];  // [H, rank] of the one class, or [H / 2, rank] of each of two
+    int32_t rank[2];        // 0 where there is no second class
+    int32_t classes;
+};
+
+// The symmetrised mask of lines of a spectrum in integers; `Limits` of fastmerge/backends/filters.py.
+struct MaskLimits {
+    int64_t size, across;  // lines of the whole spectrum, and places of each
+    int64_t least, most, ring;
+    int32_t wrapped;
+    int32_t mirrored;  // whether a squared distance and the mirrored one can differ
+};
+
 }  // namespace cuda
 FM_NAMESPACE_END

@@ -34,7 +34,7 @@ def test_no_kernel_spills_on_any_target_and_all_arithmetic_is_exact():
     assert len({usage.kernel for usage in found}) >= 20
     assert cuda.problems(found) == []
     for family in cuda.FAMILIES:
-        assert cuda.inexact(cuda.ptx(family)) == []
+        assert cuda.inexact(cuda.ptx(family), family) == []
     named = set(re.findall(r"^\| `(\w+\.\w+(?:<[^`]*>)?)` \|", cuda.PAGE.read_text(encoding="utf-8"), re.MULTILINE))
     assert {usage.kernel for usage in found} <= named
 
@@ -46,6 +46,12 @@ def test_the_account_of_ptxas_is_read():
     spills, missing = cuda.problems([first, second], ("80", "90a", "120"))
     assert "merge_kernel<3> on sm_90a: 16 bytes of stack, 20 bytes spilled" in spills
     assert missing.endswith("not compiled for sm_120")
+
+
+def test_names_have_their_template_arguments():
+    """Those of an enumeration, too, which c++filt shows as numbers of a type."""
+    mangled = "_ZN9fastmerge8portable4cuda12_GLOBAL__N_113expert_kernelILNS2_4ModeE2EEEvPKNS1_10ExpertPartEiPli"
+    assert cuda._name(mangled) == "expert_kernel<2>"
 
 
 def test_a_warning_of_the_build_is_found():
@@ -68,6 +74,15 @@ def test_a_warning_of_the_build_is_found():
 def test_inexact_operations_are_found(line, why):
     (problem,) = cuda.inexact(f"\tadd.rn.f32 %f1, %f2, %f3;\n\t{line}\n") or [""]
     assert why in problem
+
+
+def test_one_family_may_fuse_by_one_operation():
+    """Rounded once to nearest, and nothing flushed to zero."""
+    fused = "\tfma.rn.f32 %f1, %f2, %f3, %f4;\n"
+    assert cuda.inexact(fused, "highpass") == [] and cuda.inexact(fused, "expert") != []
+    for other in ("fma.rn.ftz.f32", "fma.rz.f32", "fma.rn.f64", "mad.f32", "div.approx.f32"):
+        assert cuda.inexact(f"\t{other} %f1, %f2, %f3;\n", "highpass") != []
+    assert list(cuda.FUSED) == ["highpass"]
 
 
 def test_exact_operations_are_left_alone():

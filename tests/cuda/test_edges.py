@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from fastmerge import ops
+from fastmerge.backends.filters import Mask
 from fastmerge.backends.rule import PcbRule, SparsifyRule
 from fastmerge.reference import pcb as reference_pcb
 from tests.cuda.edges import Edge
+from tests.highpass_kernels import PLAIN
 from tests.numeric import assert_bitwise_equal, poison_
 from tests.strategies import DTYPES
 
@@ -27,6 +29,12 @@ pcb = pytest.importorskip(
     reason="no cuda backend here; tests/ops holds the others to the same",
     exc_type=ImportError,
 )
+
+KERNELS = pytest.importorskip(
+    "fastmerge.backends.cuda.highpass",
+    reason="no cuda backend here; tests/ops holds the others to the same",
+    exc_type=ImportError,
+).KERNELS
 
 pytestmark = pytest.mark.skipif(not launch.EMULATED, reason="compute-sanitizer looks for it on a GPU")
 
@@ -125,6 +133,53 @@ def test_competition(dtype: torch.dtype, numel: int, gap: int, edge: Edge) -> No
     reference_pcb.pcb_apply(base, tensors, rule, [0.3, 1.0, -1.0], expected, None)
     pcb.pcb_apply(own, placed, rule, [0.3, 1.0, -1.0], out, None)
     assert_bitwise_equal(out, expected)
+
+
+@each_dtype
+@pytest.mark.parametrize(("shape", "gap"), [((1, 1, 1), 0), ((1, 2, 4), 0), ((2, 66, 68), 0), ((1, 37, 65), 3)])
+def test_filters(dtype: torch.dtype, shape: tuple[int, ...], gap: int, edge: Edge) -> None:
+    """On integers, of which sums are exact."""
+    generator = torch.Generator().manual_seed(shape[1])
+    n, height, width = shape
+    classes = 2 if height % 2 == 0 else 1
+    x = torch.randint(-4, 5, shape, generator=generator).to(dtype)
+    bases = [torch.randint(-2, 3, (height // classes, 16 + gap), generator=generator).float() for _ in range(classes)]
+    coefficients = torch.randint(-2, 3, (n, classes * (16 + gap), width), generator=generator).float()
+    own, given = edge.place(x, gap * x.element_size()), edge.place(coefficients, 4 * gap)
+    own_bases = [edge.place(basis, 4 * gap) for basis in bases]
+    found, out = edge.place(poison_(torch.empty_like(given)), 4 * gap), edge.place(poison_(torch.empty_like(x)), 0)
+    KERNELS.project(own, own_bases, found)
+    KERNELS.subtract(own, own_bases, given, out)
+    expected, rest = torch.empty_like(coefficients), torch.empty_like(x)
+    PLAIN.project(x, bases, expected)
+    PLAIN.subtract(x, bases, coefficients, rest)
+    assert torch.equal(found, expected) and torch.equal(out, rest)
+    if dtype == torch.float32:
+        lines = torch.complex(x, x)
+        placed = edge.place(lines, 8 * (gap % 2))
+        limits = Mask(2 * height, width, 0.5, "ideal").limits(0)
+        KERNELS.mask_(placed, limits, 0, 0.5)
+        PLAIN.mask_(lines, limits, 0, 0.5)
+        assert torch.equal(placed, lines)
+
+
+@each_dtype
+@pytest.mark.parametrize(("rows", "width", "gap"), [(1, 1, 0), (3, 50, 1), (70, 60, 0)])
+def test_experts(dtype: torch.dtype, rows: int, width: int, gap: int, edge: Edge) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x, *tuned = (torch.randint(-9, 10, (rows, width), generator=generator).to(dtype) / 8 for _ in range(3))
+    experts = [ops.extract_expert(each, 1.0 if width == 1 else 0.6, backend="reference") for each in tuned]
+    there = [ops.Expert(one.shape, *(edge.place(y, gap * 4) for y in (one.columns, one.values))) for one in experts]
+    own = edge.place(x, gap * x.element_size())
+    for count in (1, 2):
+        wanted, parts = x.clone(), [one.part(0, 0.5, one.at(tuned[1])) for one in experts[:count]]
+        kept = ops.expert_apply_([wanted], parts, backend="reference")
+        worn = [one.part(0, 0.5, edge.place(part.base, 0)) for one, part in zip(there, parts)]
+        saved = ops.expert_apply_([own], worn, backend="cuda")
+        assert_bitwise_equal(own, wanted)
+        assert_bitwise_equal(saved, kept)
+        assert ops.expert_revert_([own], worn, edge.place(saved, 0), backend="cuda") == [0]
+        assert_bitwise_equal(own, x)
 
 
 def test_the_emulator_notices() -> None:

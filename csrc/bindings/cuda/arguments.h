@@ -104,6 +104,8 @@ void bind_select(py::module_& m);
 void bind_sparsify(py::module_& m);
 void bind_consensus(py::module_& m);
 void bind_pcb(py::module_& m);
+void bind_expert(py::module_& m);
+void bind_highpass(py::module_& m);
 
 }  // namespace bindings
 }  // namespace fastmerge

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from ..experts_in_torch import expert_apply_, expert_extract, expert_revert_
-from ..highpass import highpass
 from ..rule import TIE_BLOCK
 from .consensus import consensus_apply, consensus_apply_many
+from .expert import expert_apply_, expert_extract, expert_revert_
+from .highpass import highpass
 from .launch import EMULATED, compiled
 from .pcb import (
     pcb_apply,
