@@ -118,7 +118,9 @@ def check_sums(base: Tensor | None, tensors: list[Tensor], rule: SparsifyRule) -
 
 
 # 8192 elements are a program's: what fits its window, what lies at the window's ends, and what does not fit.
-@pytest.mark.parametrize("exponents", [(0, 1), (-28, 6), (-29, 6), (-28, 7), (-149, 127), (-149, -120), (120, 127)])
+@pytest.mark.parametrize(
+    "exponents", "exponents", [(0, 1), (-28, 6), (-29, 6), (-28, 7), (0, 40), (-149, 127), (-149, -120), (120, 127)]
+)
 def test_sums_of_numbers_that_are_far_apart(exponents: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(launch.BLOCK_VARIABLE, "2048")
     least, most = exponents
@@ -129,6 +131,22 @@ def test_sums_of_numbers_that_are_far_apart(exponents: tuple[int, int], monkeypa
     # The greatest of each program's first tile chooses its unit.
     x = torch.where(first, 1.5 * 2.0 ** max(least, min(most, 0)), x).to(torch.float32)
     check_sums(None, [x, -x.clamp(max=2e38)], SparsifyRule())
+
+
+@pytest.mark.parametrize("method", ["bernoulli", "band", "mask"])
+def test_sums_of_what_is_kept_by_more_programs_than_there_are_copies(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(launch.BLOCK_VARIABLE, "32")
+    count = 70 * 32 * adapter.TILES + 5
+    tensors = [normal(count, F32, seed=i) for i in range(3)]
+    rule = SparsifyRule("bernoulli", density=[0.5, 0.1, 0.9], seed=3, tensor_id=4, positions=[0, 1, 2])
+    if method == "band":
+        bounds, ties = reference.magnitude_bounds(None, tensors, [0, 5, 9], [count // 2] * 3, F32)
+        rule = SparsifyRule("band", bounds=bounds, ties_before=ties)
+    elif method == "mask":
+        rule = SparsifyRule("mask", masks=reference.kept_masks(None, tensors, rule, F32))
+    check_sums(None, tensors, rule)
 
 
 def test_sums_of_the_largest_numbers_and_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
