@@ -119,7 +119,7 @@ def check_sums(base: Tensor | None, tensors: list[Tensor], rule: SparsifyRule) -
 
 # 8192 elements are a program's: what fits its window, what lies at the window's ends, and what does not fit.
 @pytest.mark.parametrize(
-    "exponents", "exponents", [(0, 1), (-28, 6), (-29, 6), (-28, 7), (0, 40), (-149, 127), (-149, -120), (120, 127)]
+    "exponents", [(0, 1), (-28, 6), (-29, 6), (-28, 7), (0, 40), (-149, 127), (-149, -120), (120, 127)]
 )
 def test_sums_of_numbers_that_are_far_apart(exponents: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(launch.BLOCK_VARIABLE, "2048")
