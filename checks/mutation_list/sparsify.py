@@ -80,7 +80,7 @@ MUTATIONS = [
     ),
     *in_file(
         "fastmerge/backends/triton/sparsify.py",
-        equal_bits("consensus_apply"),
+        equal_bits("a_word_equal_to_the_limit_is_dropped", "consensus_apply"),
         ("the seed's high word counts", "(rule.seed >> 32 ^ rule.tensor_id >> 32)", "(rule.tensor_id >> 32)"),
         ("the tensor's high word counts", "(rule.seed >> 32 ^ rule.tensor_id >> 32)", "(rule.seed >> 32)"),
         (
@@ -89,6 +89,10 @@ MUTATIONS = [
             "return self.offset % 2 == 0",
         ),
         ("a model has its place", "random.stream_id(purpose, position)", "random.stream_id(purpose, 0)"),
+    ),
+    *in_file(
+        "fastmerge/backends/gpu.py",
+        ("tests/ops/test_backends.py::test_the_limit_of_random_words_is_the_references",),
         (
             "a density of 1 keeps all",
             "min(max(math.floor(probability * 4294967296.0), 0), 1 << 32)",

@@ -310,7 +310,7 @@ BLOCK = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
 RANKS = 16
-"""On a GPU a class of lowrank has a multiple of so many vectors; those that fill it up are zeros."""
+"""On a GPU a class of lowrank has a multiple of so many vectors, or of fewer; those that fill it up are zeros."""
 
 PARTIAL_SUMS = 1 / 8
 """On a GPU sums over all rows are taken in pieces; as many floats as this share of the matrix wait to be added."""

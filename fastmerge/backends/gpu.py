@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,11 @@ def rounded(values: list[float], compute: torch.dtype = torch.float32) -> list[f
     """Numbers rounded to float32, then to `compute`."""
     numbers: list[float] = torch.tensor(values, dtype=torch.float32).to(compute).tolist()
     return numbers
+
+
+def keep_limit(probability: float) -> int:
+    """Random words below floor(p * 2**32), at most 2**32, keep."""
+    return min(max(math.floor(probability * 4294967296.0), 0), 1 << 32)
 
 
 def loadable(x: Tensor) -> Tensor:

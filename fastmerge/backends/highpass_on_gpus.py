@@ -33,7 +33,7 @@ class Kernels(NamedTuple):
 
     x, out: [n, H, W] of one dtype, float32, bfloat16 or float16, apart from each other. bases: float32[H, r_c] of the
     one class, or float32[H / 2, r_c] of each of the two classes, even and odd; every r_c is a multiple of
-    `filters.RANKS`, and can be 0. The first class has to do with the sums of both halves of the rows, the second with
+    `ranks`, and can be 0. The first class has to do with the sums of both halves of the rows, the second with
     their differences. coefficients: float32[n, r, W], the classes' rows one after the other.
 
     project(x, bases, coefficients): of class c becomes bases_c^T (x_upper +- x_lower), summed in a fixed order; takes
@@ -47,6 +47,7 @@ class Kernels(NamedTuple):
     project: Callable[[Tensor, Sequence[Tensor], Tensor], None]
     subtract: Callable[[Tensor, Sequence[Tensor], Tensor, Tensor], None]
     mask_: Callable[[Tensor, Limits, int, float], None]
+    ranks: int = filters.RANKS
 
 
 def highpass(kernels: Kernels, x: Tensor, ratio: float, mode: str, out: Tensor) -> None:
@@ -76,7 +77,7 @@ def filtered(kernels: Kernels, x: Tensor, out: Tensor, plan: HighpassPlan) -> No
 
 
 def _lowrank(kernels: Kernels, x: Tensor, out: Tensor, plan: HighpassPlan) -> None:
-    bases, weights = _waves(plan.height, plan.width, plan.ratio, plan.mode, str(x.device))
+    bases, weights = _waves(plan.height, plan.width, plan.ratio, plan.mode, str(x.device), kernels.ranks)
     coefficients = torch.empty(len(x), len(weights), plan.width, dtype=torch.float32, device=x.device)
     kernels.project(x, bases, coefficients)
     spectrum = torch.fft.rfft(coefficients, norm="backward").mul_(weights)
@@ -84,10 +85,10 @@ def _lowrank(kernels: Kernels, x: Tensor, out: Tensor, plan: HighpassPlan) -> No
 
 
 @functools.lru_cache(maxsize=8)
-def _waves(height: int, width: int, ratio: float, mode: str, device: str) -> tuple[list[Tensor], Tensor]:
+def _waves(height: int, width: int, ratio: float, mode: str, device: str, ranks: int) -> tuple[list[Tensor], Tensor]:
     """The bases of each class as kernels take them, and the weights of all, with the scale of both transforms."""
     classes = filters.waves(Mask(height, width, ratio, mode))
-    fillers = [-len(basis) % filters.RANKS for basis, _ in classes]
+    fillers = [-len(basis) % ranks for basis, _ in classes]
     bases = [np.pad(basis, ((0, more), (0, 0))) for (basis, _), more in zip(classes, fillers)]
     weights = np.concatenate([np.pad(each, ((0, more), (0, 0))) for (_, each), more in zip(classes, fillers)])
     scaled = (weights / np.float32(width)).astype(np.float32)

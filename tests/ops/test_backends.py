@@ -6,10 +6,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from fastmerge import backends, ops
+from fastmerge.backends import gpu
 from fastmerge.backends.limits import TooManyModelsError
 from fastmerge.errors import BackendError
+from fastmerge.reference import random
 
 
 @pytest.fixture
@@ -132,3 +136,11 @@ def test_auto_gives_more_models_than_a_backend_takes_to_the_next_one(monkeypatch
     third.kept_masks = lambda models: "the reference's"  # type: ignore[attr-defined]
     monkeypatch.setattr(backends, "_loaded", {"cuda": first, "triton": "no compiler", "reference": third})
     assert backends.resolve("auto", "cuda").kept_masks(3) == "the reference's"
+
+
+@given(probability=st.one_of(st.floats(-0.5, 1.5), st.sampled_from((0.0, 1.0, 5.75 / 2**32, 1 - 2.0**-33))))
+@example(probability=1.0)
+@example(probability=5.75 / 2**32)
+def test_the_limit_of_random_words_is_the_references(probability: float) -> None:
+    expected = random.threshold(torch.tensor([probability], dtype=torch.float64))
+    assert gpu.keep_limit(probability) == int(expected)

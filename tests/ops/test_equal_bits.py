@@ -228,14 +228,14 @@ def test_zero_nonfinite(backend: str, data: st.DataObject) -> None:
 
 @each_backend
 def test_a_word_equal_to_the_limit_is_dropped(backend: str) -> None:
-    """Drawn densities never meet a word: here they are made from the words themselves."""
-    stream = random.stream_id(random.BERNOULLI)
-    words = random.words(0, 12, seed=3, tensor_id=4, stream=stream)
+    """Drawn densities never meet a word: here they are made from the words themselves. All 64 bits of a seed count."""
+    numbers = {"seed": 0x0123456789ABCDEF, "tensor_id": 0xFEDCBA9876543210}
+    words = random.words(0, 12, stream=random.stream_id(random.BERNOULLI), **numbers)
     x = torch.ones(12)
     for place, word in enumerate(words.tolist()):
         with only(backend, "consensus_apply"):
-            at_it = ops.sparsify(x, word / 2**32, method="bernoulli", seed=3, tensor_id=4, backend=backend)
-            past_it = ops.sparsify(x, (word + 1) / 2**32, method="bernoulli", seed=3, tensor_id=4, backend=backend)
+            at_it = ops.sparsify(x, word / 2**32, method="bernoulli", backend=backend, **numbers)
+            past_it = ops.sparsify(x, (word + 1) / 2**32, method="bernoulli", backend=backend, **numbers)
         assert_bitwise_equal(at_it != 0, words < word)
         assert at_it[place] == 0 and past_it[place] != 0
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..experts_in_torch import expert_extract
+from ...reference.expert import expert_extract
 from ..rule import ExpertPart, saved_layout
 from .launch import CODES, address, compiled, place, table
 

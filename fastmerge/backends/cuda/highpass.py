@@ -45,7 +45,10 @@ def mask_(lines: Tensor, limits: Limits, first: int, scale: float) -> None:
     compiled.highpass_mask(place(lines.device), lines.data_ptr(), numbers, lines.shape[0], first, lines.shape[1], scale)
 
 
-KERNELS = highpass_on_gpus.Kernels(project, subtract, mask_)
+RANKS = 8
+"""Vectors that a thread has sums of at once: those that fill a class up to a multiple of it are zeros."""
+
+KERNELS = highpass_on_gpus.Kernels(project, subtract, mask_, RANKS)
 
 
 def highpass(x: Tensor, ratio: float, mode: str, out: Tensor) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...reference import random
+from ..gpu import keep_limit
 from ..limits import TooManyModelsError
 from ..rule import L1_LIMBS, SparsifyRule
 from .launch import CODES, NOTHING, address, compiled, inputs, place, ref
@@ -31,11 +31,6 @@ def few(models: int) -> None:
             f"the cuda backend merges at most {compiled.MOST_MODELS} models at once, not {models}; "
             'use backend="triton", which takes any number'
         )
-
-
-def keep_limit(probability: float) -> int:
-    """floor(p * 2**32), at most 2**32."""
-    return min(max(math.floor(probability * 4294967296.0), 0), 1 << 32)
 
 
 def given(rule: SparsifyRule, models: int) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:

@@ -11,7 +11,7 @@ import os
 import torch
 import triton
 
-from ..experts_in_torch import expert_extract
+from ...reference.expert import expert_extract
 from .consensus import consensus_apply, consensus_apply_many
 from .expert import expert_apply_, expert_revert_
 from .highpass import highpass

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..._triton import exact
 from ..._triton import sparsify as kernels
 from ...reference import random
+from ..gpu import keep_limit
 from ..lists import signed
 from ..rule import L1_LIMBS, TIE_BLOCK, SparsifyRule
 from .launch import CODES, INTERPRETED, block, flat, launch, table, tiles
@@ -80,11 +81,6 @@ def padded(values: Sequence[Any], filler: Any) -> list[Any]:
 def draw(purpose: int, position: int, limit: int) -> int:
     """A stream and the limit (up to 2**32) below which words keep, as kernels take them: see their `drawn`."""
     return -1 if limit <= 0 else random.stream_id(purpose, position) << 32 | (limit - 1)
-
-
-def keep_limit(probability: float) -> int:
-    """floor(p * 2**32), at most 2**32."""
-    return min(max(math.floor(probability * 4294967296.0), 0), 1 << 32)
 
 
 @dataclass(frozen=True)
