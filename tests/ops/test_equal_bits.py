@@ -227,6 +227,24 @@ def test_zero_nonfinite(backend: str, data: st.DataObject) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("election", ["none", "weighted", "total", "frequency"])
+@pytest.mark.parametrize("divisor", ["none", "weights", "count", "value"])
+def test_every_election_goes_with_every_divisor(election: str, divisor: str, backend: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    base, *tensors = (torch.randn(300, generator=generator).to(torch.bfloat16) for _ in range(4))
+    for tensor in tensors:
+        tensor[::7] = base[::7]
+    weights = [1.0, 0.3, -0.6]
+    settings = {"election": election, "divisor": divisor, "divisor_value": 0.7, "lambda_": 0.9}
+    for zero_sign in ("positive", "negative", "zero"):
+        expected, actual = (
+            ops.consensus_apply(base, tensors, weights, zero_sign=zero_sign, backend=by, **settings)  # type: ignore[arg-type]
+            for by in ("reference", backend)
+        )
+        assert_bitwise_equal(actual, expected)
+
+
+@each_backend
 def test_a_word_equal_to_the_limit_is_dropped(backend: str) -> None:
     """Drawn densities never meet a word: here they are made from the words themselves. All 64 bits of a seed count."""
     numbers = {"seed": 0x0123456789ABCDEF, "tensor_id": 0xFEDCBA9876543210}
@@ -238,6 +256,10 @@ def test_a_word_equal_to_the_limit_is_dropped(backend: str) -> None:
             past_it = ops.sparsify(x, (word + 1) / 2**32, method="bernoulli", backend=backend, **numbers)
         assert_bitwise_equal(at_it != 0, words < word)
         assert at_it[place] == 0 and past_it[place] != 0
+    half = ops.sparsify(x, 0.5, method="bernoulli", backend=backend, **numbers)
+    for first in range(1, 6):  # a chunk of the tensor, whose words begin within a block of four
+        part = ops.sparsify(x[first:], 0.5, method="bernoulli", offset=first, backend=backend, **numbers)
+        assert_bitwise_equal(part, half[first:])
 
 
 sparsify_methods = st.sampled_from(("magnitude", "magnitude_outliers", "bernoulli", "della_magprune"))
