@@ -5,7 +5,7 @@ from __future__ import annotations
 from checks.mutation_list.mutation import cuda, equal_bits, in_file
 
 CONSENSUS = (
-    *equal_bits("every_election_goes_with_every_divisor"),
+    "tests/ops/test_equal_bits.py::test_every_election_goes_with_every_divisor",
     "tests/triton/test_signed_zeros.py",
     "tests/triton/test_consensus.py",
     *equal_bits("consensus_apply"),
