@@ -7,20 +7,25 @@ launches intercepted, and each different one compiled ahead of time by Triton an
 - where a kernel streams aligned tensors it loads and stores 16 bytes at once;
 - division is rounded correctly, nothing is fused or approximated, denormals are kept, and no float is added atomically.
 
-Typical forms are compiled for all targets, the others for sm_90 alone. ``--write`` puts the table into docs/kernels.md.
+Typical forms are compiled for all targets, the others for sm_90 alone. ``--write`` puts the table into docs/kernels.md,
+and into checks/kernels_kept.txt what kept the rules: a digest of each form's sources, arguments and target, with those
+of the rules and of Triton. ``--changed`` compiles what is not there, and of the rest another sixteenth every day.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import inspect
 import multiprocessing
 import os
 import re
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -35,6 +40,9 @@ from fastmerge.backends.triton import launch as launching
 
 PAGE = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+KEPT = ROOT / "checks" / "kernels_kept.txt"
+ROUND = 16
+"""Days in which ``--changed`` compiles everything."""
 ONE_TARGET = "sm_90"
 PROCESSES = 2
 SHOWN = 3
@@ -76,6 +84,24 @@ class Form:
     def targets(self) -> list[str]:
         """For which GPUs it is compiled here."""
         return list(TARGETS) if self.everywhere else [ONE_TARGET]
+
+    def digest(self, target: str) -> str:
+        """Of all that decides what is compiled for a target, and how it is judged."""
+        decisive = (self.launch.key(), self.launch.kernel.cache_key, self.wide, target, triton.__version__, _rules())
+        return hashlib.sha256("\n".join(map(str, decisive)).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _rules() -> str:
+    """A digest of the code that compiles and judges."""
+    sources = (ROOT / "checks" / name for name in ("compiled.py", "kernels.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+def due(form: Form, target: str, kept: Container[str], day: int) -> bool:
+    """Whether a form is compiled by ``--changed``: something is new, or it is its turn on this day of the year."""
+    digest = form.digest(target)
+    return digest not in kept or int(digest, 16) % ROUND == day % ROUND
 
 
 @dataclass
@@ -191,11 +217,15 @@ def _examine(number: int) -> tuple[int, Code | None, list[str]]:
     return number, result.code, result.problems
 
 
-def results(found: list[Form], targets: Iterable[str] = TARGETS) -> Iterator[Result]:
-    """Compile all forms, each for its targets among these, in two processes; in order of the forms."""
+def results(
+    found: list[Form], targets: Iterable[str] = TARGETS, wanted: Callable[[Form, str], bool] = lambda form, target: True
+) -> Iterator[Result]:
+    """Compile forms, each for its targets among these if wanted there, in two processes; in order of the forms."""
     global _jobs
     allowed = set(targets)
-    _jobs = [(form, target) for form in found for target in form.targets() if target in allowed]
+    _jobs = [
+        (form, target) for form in found for target in form.targets() if target in allowed and wanted(form, target)
+    ]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         # Forked children have the launches, which could not be sent to them.
@@ -266,12 +296,14 @@ def _widest(accesses: Iterable[Counter[int]]) -> str:
 
 
 def write(done: list[Result], count: int) -> None:
-    """Put the table, and how it was made, between the marks of docs/kernels.md."""
+    """Put the table, and how it was made, between the marks of docs/kernels.md, and the digests into their file."""
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     after = rest.partition(END)[2]
     made = f"Triton {triton.__version__}: {count} forms, {len(done)} compilations."
     PAGE.write_text(f"{before}{BEGIN}\n\n{made}\n\n{page_table(done)}\n\n{END}{after}", encoding="utf-8")
+    digests = sorted(result.form.digest(result.target) for result in done)
+    KEPT.write_text("".join(f"{digest}\n" for digest in digests), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -280,9 +312,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"refresh the table in {PAGE.relative_to(ROOT)}")
     parser.add_argument("--only", default="", help="only calls whose function and variant contain this")
     parser.add_argument("--targets", default=",".join(TARGETS), help="only these, separated by commas")
+    parser.add_argument("--changed", action="store_true", help="only what is new since --write, and a sample")
     chosen = parser.parse_args(arguments)
+    if chosen.write and (chosen.only or chosen.changed or chosen.targets != ",".join(TARGETS)):
+        parser.error("--write goes with all forms and targets")
     found = forms(call for call in calls() if chosen.only in f"{call.function}: {call.variant}")
-    done = list(results(found, chosen.targets.split(",")))
+    kept = set(KEPT.read_text(encoding="utf-8").split()) if chosen.changed and KEPT.exists() else set()
+    today = time.gmtime().tm_yday
+    done = list(results(found, chosen.targets.split(","), lambda form, target: due(form, target, kept, today)))
     print(table(done))
     sentences = [
         *lacking(backend),
@@ -291,7 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     for sentence in sentences:
         print(sentence, file=sys.stderr)
-    if chosen.write:
+    if chosen.write and not sentences:
         write(done, len(found))
     print(f"{len(found)} forms, {len(done)} compilations by Triton {triton.__version__}", file=sys.stderr)
     return 1 if sentences else 0

@@ -28,9 +28,19 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_the_kernels_keep_their_rules_on_every_target():
-    result = run("checks.kernels")
+    """What has not changed since all were compiled is compiled on another day (`ROUND`), whose turn it is."""
+    result = run("checks.kernels", "--changed")
     assert result.returncode == 0, result.stderr
-    assert "| gfx942 |" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_form_is_compiled_again_when_anything_changes_and_once_in_a_round():
+    """In a Python of its own, which asks of a few forms whether they are due."""
+    result = run("tests.checks.due_kernels")
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["known"] == 1, "on each day of a round one share is due, and each form once"
+    assert told["unknown"] and told["another source"] and told["another triton"] and told["another target"]
 
 
 @functools.cache
