@@ -23,6 +23,7 @@ from pathlib import Path
 
 from checks import ROOT, emulated
 from checks.mutation_list import MUTATIONS, Mutation
+from checks.quickest_first import TIMES
 
 COPIED = ("checks", "csrc", "docs", "fastmerge", "tests", "triton_kernels", "pyproject.toml", "setup.py", "README.md")
 TIMED_OUT = 124
@@ -77,12 +78,22 @@ def copy_of(root: Path, folder: Path) -> Path:
     return folder
 
 
-def pytest_in(folder: Path, tests: Iterable[str], timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
-    """Run tests of the copy, with the copy's package and the first failure as the end; 0 means that all passed."""
+def pytest_in(
+    folder: Path, tests: Iterable[str], timeout: float = TIMEOUT, times: Path | None = None, workers: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run tests of the copy, with the copy's package and the first failure as the end; 0 means that all passed.
+
+    times: a file of `checks.quickest_first`: written where it is not there, and the tests' order where it is.
+    """
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     # A counterexample is enough; the smallest one is looked for by people.
     environment.setdefault("HYPOTHESIS_PROFILE", "first_failure")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider"]
+    if times is not None:
+        environment[TIMES] = str(times)
+        command += ["-p", "checks.quickest_first"]
+    if workers:
+        command += ["-n", str(workers), "--dist", "worksteal"]
     try:
         return subprocess.run(
             [*command, *tests],
@@ -104,8 +115,8 @@ def fate_of(returncode: int) -> str:
     )
 
 
-def tried(mutation: Mutation, timeout: float = TIMEOUT) -> Outcome:
-    """Make a mutation in a copy of the tree and run its tests there."""
+def tried(mutation: Mutation, timeout: float = TIMEOUT, times: Path | None = None) -> Outcome:
+    """Make a mutation in a copy of the tree and run its tests there, the quickest first where their times are known."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutation-") as name:
         folder = copy_of(ROOT, Path(name))
@@ -116,17 +127,17 @@ def tried(mutation: Mutation, timeout: float = TIMEOUT) -> Outcome:
                 emulated.build(folder)
             except RuntimeError as error:
                 return Outcome(mutation, "broken", str(error), time.monotonic() - started)
-        result = pytest_in(folder, mutation.tests, timeout)
+        result = pytest_in(folder, mutation.tests, timeout, times)
     lines = [line for line in result.stdout.splitlines() if line.strip()]
     said = lines[-1] if lines and result.returncode >= 0 else f"ended with {result.returncode}"
     return Outcome(mutation, fate_of(result.returncode), said, time.monotonic() - started)
 
 
-def unmutated(mutations: Iterable[Mutation]) -> str:
+def unmutated(mutations: Iterable[Mutation], times: Path | None = None, workers: int = 0) -> str:
     """What pytest says of all tests of these mutations in a copy without any, or nothing if they pass."""
     tests = sorted({test for mutation in mutations for test in mutation.tests})
     with tempfile.TemporaryDirectory(prefix="mutation-") as name:
-        result = pytest_in(copy_of(ROOT, Path(name)), tests, timeout=len(tests) * TIMEOUT)
+        result = pytest_in(copy_of(ROOT, Path(name)), tests, len(tests) * TIMEOUT, times, workers)
     return result.stdout + result.stderr if result.returncode else ""
 
 
@@ -145,12 +156,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not wanted:
         print(f"no mutation has any of {chosen.only} in its file or name", file=sys.stderr)
         return 1
-    if failing := unmutated(wanted):
-        print(f"tests fail without any mutation, so that they prove nothing:\n{failing}", file=sys.stderr)
-        return 1
     fates: Counter[str] = Counter()
-    with ThreadPoolExecutor(chosen.jobs) as pool:
-        for outcome in pool.map(functools.partial(tried, timeout=chosen.timeout), wanted):
+    with tempfile.TemporaryDirectory(prefix="mutations-") as name, ThreadPoolExecutor(chosen.jobs) as pool:
+        times = Path(name) / "times.json"
+        if failing := unmutated(wanted, times, chosen.jobs):
+            print(f"tests fail without any mutation, so that they prove nothing:\n{failing}", file=sys.stderr)
+            return 1
+        for outcome in pool.map(functools.partial(tried, timeout=chosen.timeout, times=times), wanted):
             fates[outcome.fate] += 1
             where = f"{outcome.mutation.file}: {outcome.mutation.name}"
             print(f"{outcome.fate:9}{where} ({outcome.seconds:.0f} s; {outcome.tests})", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 
 import pytest
@@ -58,3 +59,17 @@ def test_what_takes_too_long_proves_nothing(tmp_path):
     rule = "import time\n\n\ndef add(a, b):\n    time.sleep(60)\n"
     result = mutations.pytest_in(tree(tmp_path, rule), CORRECT.tests, timeout=3)
     assert mutations.fate_of(result.returncode) == "undecided"
+
+
+def test_the_quickest_test_comes_first(tmp_path):
+    tests = "import time\n\n\ndef test_slow():\n    time.sleep(0.2)\n\n\ndef test_quick():\n    pass\n"
+    folder = tree(tmp_path)
+    (folder / "test_rule.py").write_text(tests)
+    times = tmp_path / "times.json"
+    (folder / "checks").symlink_to(mutations.ROOT / "checks")
+    assert mutations.pytest_in(folder, ["test_rule.py"], times=times).returncode == 0
+    seen = json.loads(times.read_text())
+    assert seen["test_rule.py::test_slow"] > seen["test_rule.py::test_quick"]
+    (folder / "test_rule.py").write_text(tests.replace("pass", "assert False"))
+    result = mutations.pytest_in(folder, ["test_rule.py"], times=times)
+    assert "1 failed in" in result.stdout, "the slow one ran before it"
