@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 HERE = Path(__file__).resolve().parent
 MERGES = ("linear", "task_arithmetic", "ties", "dare_ties", "pcb", "pcb_paper", "fr")
-SCORED = 60_000
+SCORED = 40_000
 """Bytes of each domain's held-out text that are scored, at most, from all over it."""
 
 
