@@ -6,6 +6,8 @@ from checks.mutation_list.mutation import cuda, equal_bits, in_file
 
 CONSENSUS = (
     "tests/ops/test_equal_bits.py::test_every_election_goes_with_every_divisor",
+    "tests/ops/test_equal_bits.py::test_every_step_is_rounded_to_the_compute_dtype",
+    "tests/ops/test_equal_bits.py::test_what_a_sum_that_is_no_number_elects",
     "tests/triton/test_signed_zeros.py",
     "tests/triton/test_consensus.py",
     *equal_bits("consensus_apply"),
@@ -121,7 +123,10 @@ MUTATIONS = [
     ),
     *in_file(
         "triton_kernels/consensus.py",
-        ("tests/ops/test_many.py::test_consensus_merge_many",),
+        (
+            "tests/triton/test_consensus.py::test_many_tensors_at_once",
+            "tests/ops/test_many.py::test_consensus_merge_many",
+        ),
         ("many: a tensor has its ties", "first_block + block, last,", "block, last,"),
         (
             "many: a tensor has its bounds",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -242,6 +244,45 @@ def test_every_election_goes_with_every_divisor(election: str, divisor: str, bac
             for by in ("reference", backend)
         )
         assert_bitwise_equal(actual, expected)
+
+
+@each_backend
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("divisor", ["none", "weights", "count", "value"])
+@pytest.mark.parametrize("election", ["none", "weighted", "total"])
+def test_every_step_is_rounded_to_the_compute_dtype(
+    election: str, divisor: str, compute: torch.dtype, backend: str
+) -> None:
+    """Inputs and output are float32, which shows a step that is not, and another order of models; so does the sum of
+    these weights."""
+    generator = torch.Generator().manual_seed(3)
+    base, *tensors = (torch.randn(300, generator=generator) for _ in range(4))
+    weights = [1.0, torch.finfo(torch.bfloat16 if compute == torch.float32 else compute).eps * 1.5, 0.75]
+    settings = {"election": election, "divisor": divisor, "divisor_value": 0.7, "compute": compute}
+    for reference, lambda_ in itertools.product((base, None), (1.0, 0.9)):
+        expected, actual = (
+            ops.consensus_apply(reference, tensors, weights, lambda_=lambda_, backend=by, **settings)  # type: ignore[arg-type]
+            for by in ("reference", backend)
+        )
+        assert actual.dtype == torch.float32
+        assert_bitwise_equal(actual, expected)
+
+
+@each_backend
+@pytest.mark.parametrize("election", ["weighted", "total", "frequency"])
+@pytest.mark.parametrize("zero_sign", ["positive", "negative", "zero"])
+@pytest.mark.parametrize("count", [3, 11])
+def test_what_a_sum_that_is_no_number_elects(count: int, zero_sign: str, election: str, backend: str) -> None:
+    """One model is NaN, or two are infinite with either sign; the others have both signs."""
+    nan, inf = float("nan"), float("inf")
+    rows = [[nan, inf, 1.0, nan], [2.0, -inf, nan, -2.0], *([1.5, 0.5, -3.0, 1.0] for _ in range(count - 2))]
+    tensors = [torch.tensor(row).repeat(50) for row in rows]
+    settings = {"inputs": "deltas", "election": election, "zero_sign": zero_sign, "divisor": "count"}
+    expected, actual = (
+        ops.consensus_apply(None, tensors, [1.0] * count, backend=by, **settings)  # type: ignore[arg-type]
+        for by in ("reference", backend)
+    )
+    assert_bitwise_equal(actual, expected)
 
 
 @each_backend

@@ -42,3 +42,12 @@ def test_sums_of_zeros(count: int, election: str, divisor: str) -> None:
         expected = ops.consensus_apply(None, rows, [weight] * count, **arguments, backend="reference")
         actual = ops.consensus_apply(None, rows, [weight] * count, **arguments, backend="triton")
         assert_bitwise_equal(actual, expected)
+
+
+@pytest.mark.parametrize("count", [2, 9, 16])
+def test_sums_of_negative_zeros_in_whole_tiles(count: int) -> None:
+    """Where models are taken in groups, those beyond the last one add nothing."""
+    rows = [torch.full((9000,), -0.0) for _ in range(count)]
+    arguments = {"inputs": "deltas", "election": "none", "divisor": "none", "out_dtype": torch.float32}
+    actual = ops.consensus_apply(None, rows, [1.0] * count, **arguments, backend="triton")
+    assert_bitwise_equal(actual, torch.full((9000,), -0.0))
