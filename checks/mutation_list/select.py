@@ -38,9 +38,9 @@ MUTATIONS = [
             "| (after <= ties) | (block + 1 >= blocks)",
         ),
         (
-            "a block's ties may be all past",
+            "a block's ties are past only where enough came before",
             "all_past = (ties > 0) & (before >= ties)",
-            "all_past = (ties > 0) & (before > ties)",
+            "all_past = (ties > 0) & (before + 1 >= ties)",
         ),
         ("the band's upper end", "(key <= first) & (key > last)", "(key < first) & (key > last)"),
         ("the band's lower end", "(key <= first) & (key > last)", "(key <= first) & (key >= last)"),
@@ -54,7 +54,11 @@ MUTATIONS = [
     ),
     *in_file(
         "triton_kernels/select.py",
-        ("tests/triton/test_select.py", *equal_bits("magnitude_bounds", "kth_magnitude", "abs_histogram")),
+        (
+            "tests/ops/test_equal_bits.py::test_a_nan_is_one_key_whatever_it_carries",
+            "tests/triton/test_select.py",
+            *equal_bits("magnitude_bounds", "kth_magnitude", "abs_histogram"),
+        ),
         ("float16 NaN has one key", "tl.where(bits > 0x7C00, 0x7E00, bits)", "bits"),
         (
             "float16 keys widen",
@@ -129,6 +133,7 @@ MUTATIONS = [
     *in_file(
         "triton_kernels/select.py",
         (
+            "tests/ops/test_equal_bits.py::test_a_window_has_its_first_key_and_not_the_one_after_its_last",
             "tests/triton/test_select.py",
             *equal_bits("abs_histogram", "key_histogram", "key_window", "tie_counts"),
         ),
@@ -150,9 +155,9 @@ MUTATIONS = [
             "counted = (key >> (SHIFT + WIDTH)) >= prefix",
         ),
         (
-            "programs take turns with copies",
+            "programs take turns with their row's copies",
             "block % copies.to(tl.int64)) << WIDTH)",
-            "copies.to(tl.int64) - 1 - block % copies.to(tl.int64) // 1 * 0) << WIDTH)",
+            "block % (copies.to(tl.int64) + 1)) << WIDTH)",
         ),
         (
             "a window begins at its first key",

@@ -96,6 +96,33 @@ def test_key_window(backend: str, data: st.DataObject) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("count", [20, 3000])
+def test_a_window_has_its_first_key_and_not_the_one_after_its_last(count: int, backend: str) -> None:
+    first = 0x3F800000
+    x = torch.arange(first, first + count, dtype=torch.int32).view(torch.float32)
+    counts = torch.zeros(3, 6, dtype=torch.int64)
+    with only(backend, "key_window_"):
+        ops.key_window_(None, [x, x, x], [first, first + 7, first + count - 5], counts, backend=backend)
+    assert counts.tolist() == [[count - 5, 1, 1, 1, 1, 1], [count - 12, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]]
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_nan_is_one_key_whatever_it_carries(dtype: torch.dtype, backend: str) -> None:
+    lowest = 0x7C01 if dtype == torch.float16 else 0x7F81
+    bits = torch.tensor([lowest, lowest + 5, 0x7FFF, -0x8000 + lowest, -1, 0x3000, 0x7C00], dtype=torch.int16)
+    x = bits.view(dtype).repeat(9)
+    histogram = ops.abs_histogram(x, backend=backend)
+    assert_bitwise_equal(histogram, ops.abs_histogram(x, backend="reference"))
+    assert histogram.max() == 45
+    for k in range(1, 8):
+        assert_bitwise_equal(
+            ops.magnitude_bounds(None, [x], [0], [9 * k - 1], backend=backend)[0],
+            ops.magnitude_bounds(None, [x], [0], [9 * k - 1], backend="reference")[0],
+        )
+
+
+@each_backend
 @given(data=st.data())
 def test_tie_counts(backend: str, data: st.DataObject) -> None:
     data.draw(configurations(backend))

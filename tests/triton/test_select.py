@@ -262,14 +262,25 @@ def test_as_many_launches_for_many_tensors_as_for_one() -> None:
     assert made[0] == made[1] == {"count_digit": 4, "descend": 3, "settle": 1}
 
 
-def test_many_tensors_with_ties_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("settled", [adapter.SETTLED, 2])
+def test_many_tensors_with_ties_across_blocks(settled: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """settled: how many tie blocks are added up at once."""
     monkeypatch.setenv(launch.BLOCK_VARIABLE, "4096")
+    monkeypatch.setattr(adapter, "SETTLED", settled)
     tensors = [(torch.arange(n) % 3).to(torch.bfloat16) for n in (TIE_BLOCK + 9, 17, 2 * TIE_BLOCK + 1)]
     ranks = [[x.numel() // 2] for x in tensors]
     bounds, ties = bounds_of_many(None, [tensors], [[0]] * 3, ranks)
     parts = [reference.magnitude_bounds(None, [x], [0], rank, torch.float32) for x, rank in zip(tensors, ranks)]
     assert_bitwise_equal(bounds, torch.stack([part[0] for part in parts]))
     assert_bitwise_equal(ties, torch.cat([part[1] for part in parts], dim=2))
+
+
+def test_more_blocks_than_copies_of_a_histogram(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launch.BLOCK_VARIABLE, "4096")
+    monkeypatch.setattr(adapter, "COPIES", 2)
+    models = [(torch.arange(2 * TIE_BLOCK + 1) % n).to(torch.bfloat16) for n in (3, 5)]
+    expected = reference.key_histogram(None, models, [0x3F80, 0x4000], torch.float32)
+    assert_bitwise_equal(select.key_histogram(None, models, [0x3F80, 0x4000], torch.float32), expected)
 
 
 def test_many_tensors_must_have_one_dtype_per_role() -> None:
