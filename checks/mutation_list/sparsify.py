@@ -12,7 +12,11 @@ MUTATIONS = [
             "tests/triton/test_sparsify.py",
             *equal_bits("consensus_apply", "kept_masks"),
         ),
-        ("all ties of earlier blocks are past", "passed = tied & (before >= ties)", "passed = tied & (before > ties)"),
+        (
+            "all ties of earlier blocks are past",
+            "passed = tied & (before >= ties)",
+            "passed = tied & (before + 1 >= ties)",
+        ),
         (
             "a cut goes through a block before the last tie",
             "tied & (before < ties) & (last | (after > ties))",
