@@ -155,6 +155,15 @@ def test_a_cut_anywhere_among_ties(place: int, monkeypatch: pytest.MonkeyPatch) 
     check(None, [tied, other], rule=rule)
     bounds = keep_ties(rule.bounds)
     check(None, [tied, other], rule=SparsifyRule("band", bounds=bounds, ties_before=rule.ties_before))
+    # Alone: no other cut goes through its blocks.
+    check(None, [tied], rule=band(None, [tied], [0], [place]))
+
+
+def test_the_last_tie_that_is_kept_may_be_alone_in_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launch.BLOCK_VARIABLE, "4096")
+    x = torch.full((2 * TIE_BLOCK + 600,), 0.25).bfloat16()
+    x[[5, 70, 900, TIE_BLOCK + 33, 2 * TIE_BLOCK + 1, 2 * TIE_BLOCK + 599]] = 0.5
+    check(None, [x], rule=band(None, [x], [0], [4]))
 
 
 def test_a_cut_in_one_of_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,11 +172,15 @@ def test_a_cut_in_one_of_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
     check(None, models, rule=band(None, models, [7] * MANY, [9000 + 5 * i for i in range(MANY)]))
 
 
-def test_bands_at_the_ends_of_the_keys() -> None:
+# Of the numbers alone, and of so many that there are whole tiles.
+@pytest.mark.parametrize("repeats", [30, 150])
+def test_bands_at_the_ends_of_the_keys(repeats: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launch.BLOCK_VARIABLE, "512")
     special = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, -1.0, 3.4e38])
-    x = special.repeat(40)
+    nans = torch.tensor([0x7F800001, 0x7FFFFFFF, 0x7FC00001, -0x7FFFFF, -1], dtype=torch.int32).view(torch.float32)
+    x = torch.cat([special, nans]).repeat(repeats)
     for threshold in (0, 1, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0x7FC00001, 1 << 31):
-        for other in (0, 0x3F800000, 0x7F800000, 0x7FC00000, 1 << 31):
+        for other in (0, 0x3F800000, 0x7F800000, 0x7FC00000, 0x7FC00001, 1 << 31):
             bounds = torch.tensor([[[threshold, 0], [other, 0]]])
             rule = SparsifyRule("band", bounds=bounds, ties_before=torch.zeros(1, 2, 1, dtype=torch.int64))
             check(None, [x], rule=rule, election="none", divisor="none", out_dtype=torch.float32)
