@@ -10,7 +10,7 @@ MUTATIONS = [
         (
             "tests/triton/test_consensus.py",
             "tests/triton/test_sparsify.py",
-            *equal_bits("consensus_apply", "kept_masks"),
+            *equal_bits("a_word_equal_to_the_limit_is_dropped", "consensus_apply", "kept_masks"),
         ),
         (
             "all ties of earlier blocks are past",
@@ -106,7 +106,12 @@ MUTATIONS = [
     ),
     *in_file(
         "triton_kernels/sparsify.py",
-        ("tests/triton/test_sparsify.py", *equal_bits("count_nonfinite", "zero_nonfinite", "kept_masks")),
+        (
+            "tests/triton/test_sparsify.py",
+            *equal_bits(
+                "a_word_equal_to_the_limit_of_its_rank_is_dropped", "count_nonfinite", "zero_nonfinite", "kept_masks"
+            ),
+        ),
         ("infinity is no NaN", "nans += (bits > numbers.INF_KEY)", "nans += (bits >= numbers.INF_KEY)"),
         ("a NaN is no infinity", "infinities += (bits == numbers.INF_KEY)", "infinities += (bits >= numbers.INF_KEY)"),
         (

@@ -330,6 +330,21 @@ def test_a_word_equal_to_the_limit_is_dropped(backend: str) -> None:
         assert_bitwise_equal(part, half[first:])
 
 
+@each_backend
+def test_a_word_equal_to_the_limit_of_its_rank_is_dropped(backend: str) -> None:
+    """The lesser of two has the least probability, density - epsilon; these numbers are exact."""
+    x, epsilon = torch.tensor([[1.0, 2.0]]), 2.0**-10
+    tried = 0
+    for seed in range(12):
+        word = random.words(0, 2, stream=random.stream_id(random.DELLA), seed=seed, tensor_id=0)[0].item() / 2**32
+        if 0.01 < word < 0.99:
+            options = {"method": "della_magprune", "epsilon": epsilon, "seed": seed, "backend": backend}
+            assert ops.sparsify(x, word + epsilon, **options)[0, 0] == 0  # type: ignore[arg-type]
+            assert ops.sparsify(x, word + epsilon + 2.0**-32, **options)[0, 0] == 1  # type: ignore[arg-type]
+            tried += 1
+    assert tried > 6
+
+
 sparsify_methods = st.sampled_from(("magnitude", "magnitude_outliers", "bernoulli", "della_magprune"))
 ties = st.sampled_from(("lowest_index", "keep", "hashed"))
 della_densities = st.sampled_from((0.5, 0.3, 0.8, 0.0, 1.0))
