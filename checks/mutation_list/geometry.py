@@ -1,10 +1,9 @@
-"""Mutations of the family `geometry` in Triton, in CUDA C++ and on CPUs, and of what is made of inner products."""
+"""Mutations of the family `geometry` in Triton and in CUDA C++, and of what is made of inner products."""
 
 from __future__ import annotations
 
 from checks.mutation_list.mutation import cuda, equal_bits, in_file
 
-CPU = ("tests/ops/test_equal_bits.py::test_gram[cpu]",)
 ANGLES = ("tests/methods/test_angles.py",)
 METHODS = ("tests/methods/test_geometry.py",)
 
@@ -67,28 +66,6 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "csrc/cpu/kernels/geometry.cpp",
-        CPU,
-        (
-            "what a step lacks is 0",
-            "for (int t = tile; t < whole; ++t) row[t] = 0.0;",
-            "for (int t = tile; t < whole; ++t) row[t] = row[0];",
-        ),
-        ("halves are added", "lanes[lane] += lanes[half + lane];", "lanes[lane] += lanes[2 * half - 1 - lane];"),
-        ("NaN has no payload", "return canonical_double(lanes[0]);", "return lanes[0];"),
-        ("lanes begin at 0", "i < pairs * kGramLanes; ++i) lanes[i] = 0.0;", "i < pairs; ++i) lanes[i] = 0.0;"),
-    ),
-    *in_file(
-        "csrc/cpu/geometry.cpp",
-        CPU,
-        (
-            "a block ends with its row",
-            "std::min(begin + kGramBlock, (row + 1) * row_length)",
-            "std::min(begin + kGramBlock, models.numel)",
-        ),
-        ("blocks are counted from their row", "(block - row * in_row) * kGramBlock", "block * kGramBlock"),
-    ),
-    *in_file(
         "fastmerge/methods/angles.py",
         ANGLES,
         ("pi has more digits than float64", "- halves * _PI_LOW", "- halves * 0.0"),
@@ -129,7 +106,6 @@ MUTATIONS = [
             "cosine.to(torch.float32).abs() == 1.0",
             "cosine.to(torch.float32) == 1.0",
         ),
-        ("a tensor of one dimension is one row", "or len(context.shape) < 2", "or len(context.shape) < 1"),
     ),
     *in_file(
         "fastmerge/methods/multislerp.py",
@@ -145,21 +121,11 @@ MUTATIONS = [
     *in_file(
         "fastmerge/methods/karcher.py",
         METHODS,
-        (
-            "what is opposite to the mean does not move it",
-            "or math.pi - between <= max(tolerance, 1e-6)",
-            "or math.pi - between < 0",
-        ),
         ("a step is along the sphere", "pull * cosine * each", "pull * each"),
         (
             "what vanishes counts among the norms",
             "sum(norm / len(norms) for norm in norms)",
             "sum(norms[i] / len(there) for i in there)",
-        ),
-        (
-            "the mean stays on the sphere",
-            "            mean = [part / length for part in mean]\n    return",
-            "            mean = list(mean)\n    return",
         ),
     ),
     *in_file(
