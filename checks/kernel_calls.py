@@ -105,6 +105,7 @@ def calls() -> Iterator[Call]:
     yield from _many()
     yield from _pcb()
     yield from _expert()
+    yield from _geometry()
     yield from _highpass()
 
 
@@ -385,6 +386,17 @@ def _expert() -> Iterator[Call]:
             name = ("one part each", "two parts each")[each - 1] + ("" if aligned else ", unaligned")
             yield Call("expert_apply_", name, (xs, parts), everywhere=True)
             yield Call("expert_revert_", name, (xs, parts, saved), everywhere=True)
+
+
+def _geometry() -> Iterator[Call]:
+    for count in (1, 2, 3, 4, 8):
+        for name, row_length in (("one row", NUMEL), ("rows", ROW)):
+            everywhere = count in (2, 4)
+            yield Call("gram", f"{count} x bf16, {name}", (tensor(BF16), models(count), row_length), {}, everywhere)
+    for dtype in (F16, F32):
+        yield Call("gram", f"2 x {NAMES[dtype]} without base", (None, models(2, dtype), NUMEL))
+    yield Call("gram", "7 x mixed", (tensor(F32), mixed(7), NUMEL))
+    yield Call("gram", "2 x bf16, unaligned", (tensor(BF16), models(2, aligned=False), NUMEL))
 
 
 def _highpass() -> Iterator[Call]:

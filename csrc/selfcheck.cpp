@@ -10,6 +10,7 @@
 
 #include "cpu/api.h"
 #include "fastmerge/consensus.h"
+#include "fastmerge/geometry.h"
 #include "fastmerge/pcb.h"
 #include "fastmerge/philox.h"
 #include "fastmerge/sparsify.h"
@@ -291,6 +292,29 @@ std::vector<uint8_t> experts(const Family& family) {
     return all;
 }
 
+// Inner products of whole tensors and of rows; the first block of the last model with itself against plain code.
+std::vector<uint8_t> inner_products(const Family& family) {
+    Models models = family.view();
+    size_t n = static_cast<size_t>(models.count), pairs = static_cast<size_t>(gram_pairs(models.count));
+    std::vector<uint8_t> all;
+    for (int64_t length : {family.numel, family.numel % 7 == 0 ? family.numel / 7 : int64_t{1}}) {
+        size_t blocks = static_cast<size_t>(family.numel / length * gram_blocks(length));
+        std::vector<double> sums(pairs * blocks, -1.0);
+        gram(models, length, sums.data());
+        double lanes[kGramLanes] = {};
+        for (int64_t i = 0; i < std::min<int64_t>(length, kGramBlock); ++i) {
+            double delta = static_cast<double>(family.delta(n - 1, static_cast<size_t>(i)));
+            lanes[i % kGramLanes] += delta * delta;
+        }
+        for (int half = kGramLanes / 2; half > 0; half /= 2)
+            for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[half + lane];
+        uint64_t expected = bit_cast<uint64_t>(canonical_double(lanes[0]));
+        check(bit_cast<uint64_t>(sums[(pairs - 1) * blocks]) == expected, "an inner product");
+        append(all, sums);
+    }
+    return all;
+}
+
 }  // namespace
 
 int main() {
@@ -312,6 +336,7 @@ int main() {
             std::vector<uint8_t> made = merges(families[f]);
             append(made, competitions(families[f]));
             append(made, experts(families[f]));
+            append(made, inner_products(families[f]));
             if (expected.size() == f) expected.push_back(made);
             check(made == expected[f], "merging gives other bits than " + supported_isas().front());
         }

@@ -369,7 +369,10 @@ def _method_page(method: dict[str, Any]) -> str:
     heading = [
         ("title", method["title"]),
         ("source", method["source"]),
-        ("base model", "required" if method["needs_base"] else "not needed"),
+        (
+            "base model",
+            "required" if method["needs_base"] else "taken if given" if method["takes_base"] else "not needed",
+        ),
         ("passes", method["passes"]),
     ]
     columns = ("PARAMETER", "SET", "DEFAULT", "RANGE", "MEANING")

@@ -61,8 +61,8 @@ def merge(
     Args:
         models: state dicts (name -> tensor) or modules, all with the same names and shapes. Any strides; float32,
             bfloat16, float16 or float64 (computed in float32), mixed as you like. They are not changed.
-        base: what the models were fine-tuned from; every method but linear needs it. If it is given to linear, it is
-            one model more, the last, and has its own weight.
+        base: what the models were fine-tuned from; most methods need it. linear, karcher and passthrough know none:
+            to them it is one model more, the last, with parameters of its own.
         method: a name from `fastmerge.methods.names()`.
         backend: "auto" (the fastest that works), "cuda", "triton", "cpu" or "reference".
         device: where to compute, and where the result is: "cpu", "cuda", "cuda:1"; "auto" for a GPU if one works, else
@@ -96,9 +96,11 @@ def merge(
         raise ArgumentTypeError("models must be a list of state dicts or modules; wrap a single one as [model].")
     sources = [StateDictSource(f"models[{index}]", model) for index, model in enumerate(models)]
     based = None if base is None else StateDictSource("base", base)
-    if based is not None and not chosen.needs_base:
+    if based is not None and not (chosen.needs_base or chosen.takes_base):
         sources.append(based)
         based = None
+    if sources:
+        chosen.check_count(len(sources))
     everyone = sources if based is None else [based, *sources]
     together = _place_together(place, everyone)
     backends.resolve(backend, together)
@@ -409,8 +411,12 @@ def _open_and_plan(
         gpu_budget = None
     shard_bytes = parse_size(shard_size, name="shard_size")
     method, entries = _check_method(config)
+    try:
+        method.check_count(len(entries))
+    except ArgumentError as error:
+        raise ConfigError(f"{config.where(('models',))}: {error}") from None
 
-    base_ref = config.base_model if method.needs_base else None
+    base_ref = config.base_model if method.needs_base or method.takes_base else None
     refs = ([base_ref] if base_ref is not None else []) + [entry.model for entry in entries]
     opened = [stack.enter_context(open_checkpoint(ref)) for ref in refs]
     base = opened[0] if base_ref is not None else None
@@ -482,16 +488,14 @@ def _check_method(config: MergeConfig) -> tuple[methods.Method, Sequence[ModelEn
             if name not in known:
                 sentence = methods.explain_unknown_parameter(name, method.name)
                 raise ConfigError(f"{config.where((*path, name))}: {sentence}")
-    if not method.needs_base:
+    if not (method.needs_base or (method.takes_base and config.base_model is not None)):
         entries = list(config.entries)
         if config.base_model is not None and len(config.entries) == len(config.models):
             # The peer adds a base that is not listed as one model more, with the global parameters.
             entries.append(ModelEntry(config.base_model))
         return method, entries
     if config.base_model is None:
-        raise ConfigError(
-            f"{config.where()}: {method.name} merges what the models changed in a base; add `base_model:`."
-        )
+        raise ConfigError(f"{config.where()}: {method.name} needs a base; add `base_model:`.")
     if not config.models:
         raise ConfigError(
             f"{config.where(('models',))}: the base is the only model listed, there is nothing to merge; list others."

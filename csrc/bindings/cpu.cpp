@@ -7,6 +7,7 @@
 
 #include "cpu/api.h"
 #include "fastmerge/consensus.h"
+#include "fastmerge/geometry.h"
 #include "fastmerge/pcb.h"
 #include "fastmerge/philox.h"
 #include "fastmerge/sparsify.h"
@@ -193,6 +194,7 @@ PYBIND11_MODULE(_cpu, m) {
     using release = py::call_guard<py::gil_scoped_release>;
     m.doc() = "CPU kernels of fastmerge, one copy per instruction set. Use fastmerge.ops instead.";
     m.attr("TIE_BLOCK") = fastmerge::cpu::kTieBlock;
+    m.attr("GRAM_BLOCK") = fastmerge::kGramBlock;
 
     m.def("isa", &fastmerge::cpu::isa, "The instruction set in use.");
     m.def("isas", &fastmerge::cpu::supported_isas, "Those that this build carries and this processor runs.");
@@ -299,6 +301,16 @@ PYBIND11_MODULE(_cpu, m) {
             Inputs inputs(base, subtract, tensors, numel, compute);
             Rules rules(args, inputs.models);
             fastmerge::cpu::l1_sums(inputs.models, rules.rule, numbers(out));
+        },
+        release());
+    m.def(
+        "gram",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, int compute,
+           int64_t row_length, uintptr_t out) {
+            Inputs inputs(base, subtract, tensors, numel, compute);
+            need(row_length > 0 && numel % row_length == 0, "tensors are made of whole rows");
+            need(compute == fastmerge::kFloat32, "deltas are rounded to float32");
+            fastmerge::cpu::gram(inputs.models, row_length, reinterpret_cast<double*>(out));
         },
         release());
     m.def(

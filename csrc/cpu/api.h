@@ -73,6 +73,9 @@ void expert_extract(const Models& models, int64_t rows, int64_t width, int64_t k
 void expert_apply(const std::vector<ExpertArgs>& tensors);
 void expert_revert(const std::vector<ExpertArgs>& tensors, int64_t* changed);
 
+// Inner products; see fastmerge/reference/geometry.py. out: [pairs, rows, blocks of a row]
+void gram(const Models& models, int64_t row_length, double* out);
+
 // exp (0) or tanh (1) of float32 values.
 void function(int32_t which, const float* x, int64_t count, float* out);
 

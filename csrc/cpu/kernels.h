@@ -160,6 +160,10 @@ struct Kernels {
     void (*expert_restore)(const ExpertArgs* args, int64_t begin, int64_t end);
     uint32_t (*expert_most_column)(const ExpertPart* part, int64_t begin, int64_t end);
 
+    // geometry. Inner products of all pairs of models over one block, to out[pair * stride].
+    size_t (*gram_scratch)(int32_t models);
+    void (*gram)(const Models* models, int64_t begin, int64_t end, void* scratch, double* out, int64_t stride);
+
     // exp (0) or tanh (1) of float32 values, for tests and benchmarks
     void (*function)(int32_t which, const float* x, int64_t count, float* out);
 

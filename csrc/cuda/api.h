@@ -105,6 +105,9 @@ int expert_apply(Place place, const ExpertPart* parts, int32_t count, int64_t bl
 int expert_revert(Place place, const ExpertPart* parts, int32_t count, int64_t blocks, int64_t* changed,
                   int32_t tensors);
 
+// geometry. Every address is a multiple of its elements' size. out: [pairs, rows, blocks of a row]
+int gram(Place place, const Models& models, int64_t row_length, double* out);
+
 // highpass, where multiplications and additions are fused. Matrices have fewer than 2^31 - 128 columns.
 int64_t highpass_splits(const Filtered& x, int64_t most);  // into how many sums the rows are taken, 1 to `most`
 // out: [splits, n, r, W], to be added up in order

@@ -15,7 +15,7 @@ from .. import _cpu
 from ..errors import BackendError
 from .highpass import highpass as highpass  # by torch, whose transforms and products are as good as any of ours
 from .lists import Lists, for_whole_tensors
-from .rule import L1_LIMBS, TIE_BLOCK, ExpertPart, PcbRule, SparsifyRule, column_dtype, saved_layout
+from .rule import GRAM_BLOCK, L1_LIMBS, TIE_BLOCK, ExpertPart, PcbRule, SparsifyRule, column_dtype, saved_layout
 from .threads import default_threads
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -29,7 +29,7 @@ _FUNCTIONS = {"exp": 0, "tanh": 1}
 _Ref = tuple[int, int]
 _NOTHING: _Ref = (0, 0)
 
-if TIE_BLOCK != _cpu.TIE_BLOCK:
+if (_cpu.TIE_BLOCK, getattr(_cpu, "GRAM_BLOCK", None)) != (TIE_BLOCK, GRAM_BLOCK):
     raise ImportError("fastmerge._cpu was built from other sources than this package; build it again (`pip install .`)")
 
 
@@ -207,6 +207,14 @@ def kept_masks(
     """What a rule keeps of each model's delta, as bits; see `fastmerge.ops.kept_masks`."""
     out = torch.zeros(len(tensors), -(-tensors[0].numel() // 8), dtype=torch.uint8)
     _cpu.kept_masks(*_inputs(base, tensors, compute), _rule(rule), out.data_ptr())
+    return out
+
+
+def gram(base: torch.Tensor | None, tensors: list[torch.Tensor], row_length: int) -> torch.Tensor:
+    """Inner products of all pairs of models, block by block; see `fastmerge.ops.gram`."""
+    pairs, rows = len(tensors) * (len(tensors) + 1) // 2, tensors[0].numel() // row_length
+    out = torch.empty(pairs, rows, -(-row_length // GRAM_BLOCK), dtype=torch.float64)
+    _cpu.gram(*_inputs(base, tensors, torch.float32), row_length, out.data_ptr())
     return out
 
 

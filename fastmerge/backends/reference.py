@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..reference.consensus import consensus_apply
 from ..reference.expert import expert_apply_, expert_extract, expert_revert_
+from ..reference.geometry import gram
 from ..reference.highpass import highpass
 from ..reference.pcb import (
     pcb_apply,
@@ -33,6 +34,7 @@ __all__ = [
     "expert_apply_",
     "expert_extract",
     "expert_revert_",
+    "gram",
     "hashed_mask",
     "highpass",
     "kept_masks",

@@ -10,6 +10,7 @@ import torch
 from ..reference.expert import column_dtype, saved_layout
 
 __all__ = [
+    "GRAM_BLOCK",
     "L1_LIMBS",
     "TIE_BLOCK",
     "ExpertPart",
@@ -26,6 +27,9 @@ TIE_BLOCK = 65536
 
 L1_LIMBS = 12
 """Limbs of 32 bits in an exact L1 sum, little end first, in units of 2**-149."""
+
+GRAM_BLOCK = 4096
+"""Elements whose products are added up to one number; blocks are counted from a row's beginning."""
 
 
 @dataclass(frozen=True)

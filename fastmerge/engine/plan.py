@@ -253,9 +253,7 @@ def make_plan(
     Raises CheckpointError where the models do not fit together, ArgumentError where parameters or budget do not.
     """
     if method.needs_base and base is None:
-        raise CheckpointError(
-            f"{method.name} merges what the models changed in a base, and no base is given; name the base model."
-        )
+        raise CheckpointError(f"{method.name} needs a base, and no base is given; name the base model.")
     if not models:
         raise CheckpointError("There is nothing to merge: every model given is the base; name at least one other.")
     matching = match_models(base, models, _excluder(exclude))

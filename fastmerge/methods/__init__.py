@@ -12,7 +12,11 @@ from fastmerge.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from fastmerge.methods.dare import DareLinear, DareTies
 from fastmerge.methods.della import Della, DellaLinear
 from fastmerge.methods.fr import Fr
+from fastmerge.methods.karcher import Karcher
 from fastmerge.methods.linear import Linear
+from fastmerge.methods.model_stock import ModelStock
+from fastmerge.methods.multislerp import Multislerp
+from fastmerge.methods.nuslerp import Nuslerp
 from fastmerge.methods.parameters import (
     ELSEWHERE,
     Parameter,
@@ -22,7 +26,9 @@ from fastmerge.methods.parameters import (
     unknown_parameter,
 )
 from fastmerge.methods.parameters import bind as _bind
+from fastmerge.methods.passthrough import Passthrough
 from fastmerge.methods.pcb import Pcb
+from fastmerge.methods.slerp import Slerp
 from fastmerge.methods.task_arithmetic import TaskArithmetic
 from fastmerge.methods.ties import Ties
 
@@ -40,6 +46,12 @@ _METHODS: dict[str, type[Method]] = {
         BreadcrumbsTies,
         Della,
         DellaLinear,
+        Slerp,
+        Nuslerp,
+        Multislerp,
+        Karcher,
+        ModelStock,
+        Passthrough,
         Pcb,
         Fr,
     )
@@ -84,8 +96,9 @@ def bind(
 def describe(name: str) -> dict[str, Any]:
     """What a person wants to know about a method: plain strings, numbers and lists, ready for JSON.
 
-    Keys: name, title, source, needs_base, passes (in words: sweeps over a tensor too large to be held; smaller ones are
-    read once), parameters (a list of name, python_name, per_model, required, default, range, help).
+    Keys: name, title, source, needs_base, takes_base (whether it takes one that it does not need), passes (in words:
+    sweeps over a tensor too large to be held; smaller ones are read once), parameters (a list of name, python_name,
+    per_model, required, default, range, help).
     """
     method = get(name)
     return {
@@ -93,6 +106,7 @@ def describe(name: str) -> dict[str, Any]:
         "title": method.title,
         "source": method.source,
         "needs_base": method.needs_base,
+        "takes_base": method.takes_base,
         "passes": method.sweeps,
         "parameters": [
             {

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from fastmerge import ops
+from fastmerge.errors import ArgumentError
 from fastmerge.methods.parameters import ParameterError, Parameters
 
 
@@ -195,9 +196,27 @@ class Method(ABC):
     title: ClassVar[str]
     source: ClassVar[str]
     needs_base: ClassVar[bool]
+    takes_base: ClassVar[bool] = False
+    """Whether a base that it does not need is a base to it. To others a base is one model more."""
+    least_models: ClassVar[int] = 1
+    most_models: ClassVar[int | None] = None
+    """How many models it merges, besides the base."""
     sweeps: ClassVar[str]
     """In words, for people: the sweeps over a tensor that is cut, and what they are for."""
     Parameters: ClassVar[type[Parameters]]
+
+    def check_count(self, models: int) -> None:
+        """Refuse more models, or fewer, than it merges. models: how many there are besides the base."""
+        most = self.most_models
+        if self.least_models <= models and (most is None or models <= most):
+            return
+        wanted = f"at least {self.least_models}" if most is None else f"exactly {most}"
+        besides = " besides the base" if self.needs_base else ", not counting a base" if self.takes_base else ""
+        word = "model" if wanted.endswith(" 1") else "models"
+        raise ArgumentError(
+            f"{self.name} merges {wanted} {word}{besides}, and {models} {'is' if models == 1 else 'are'} given; "
+            "give as many, or choose another method."
+        )
 
     def check(self, context: TensorContext, labels: Sequence[str]) -> None:
         """Refuse values that are each in range but do not go together, with an ArgumentError. labels: the models'."""

@@ -25,14 +25,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 ELSEWHERE = {
     "alpha": "ramplus_tl",
-    "filter_wise": "model_stock",
-    "max_iter": "karcher",
-    "nuslerp_flatten": "nuslerp",
-    "nuslerp_row_wise": "nuslerp",
-    "scale": "passthrough",
     "select_topk": "sce",
-    "t": "slerp, nuslerp and nearswap",
-    "tol": "karcher",
+    "t": "nearswap",
 }
 """Parameters that people's YAML carries for mergekit methods which are not here."""
 
@@ -83,6 +77,8 @@ class Parameter:
             return "a regular expression"
         if self.choices:
             return " or ".join(self.choices) if len(self.choices) == 2 else "one of " + ", ".join(self.choices)
+        if self.kind is int:
+            return f"a whole number, {self.minimum:g} or more"
         if self.minimum is not None and self.maximum is not None:
             return f"from {self.minimum:g} to {self.maximum:g}"
         if self.minimum is not None:
@@ -120,7 +116,7 @@ def parameters_of(model: type[Parameters]) -> dict[str, Parameter]:
         found[name] = Parameter(
             name=name,
             python_name=python_name,
-            kind=bool if annotation is bool else str if choices or annotation is str else float,
+            kind=str if choices else next((kind for kind in (bool, int, str) if annotation is kind), float),
             per_model=is_per_model,
             default=extra.get("default_each", REQUIRED) if is_per_model else field.default,
             minimum=next((limit.ge for limit in limits if getattr(limit, "ge", None) is not None), None),
@@ -153,6 +149,8 @@ def bind(
             given = shared_values.get(name)
             if given is None and parameter.default is None:
                 continue
+            if given is None and parameter.required:
+                raise ParameterError(f"{method} needs {name} (tensor {tensor}): give it once for all models.", name)
             values[name] = _checked(parameter, parameter.default if given is None else given, tensor, None)
             continue
         each = []
@@ -208,6 +206,10 @@ def _checked(parameter: Parameter, value: Any, tensor: str, label: str | None) -
     high = float("inf") if parameter.maximum is None else parameter.maximum
     if not low <= number <= high or number in (float("inf"), float("-inf")):
         raise refusal
+    if parameter.kind is int:
+        if not number.is_integer():
+            raise refusal
+        return int(number)
     return number
 
 

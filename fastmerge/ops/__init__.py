@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..backends.filters import HighpassPlan
-from ..backends.rule import L1_LIMBS, TIE_BLOCK, ExpertPart, PcbRule, SparsifyRule
+from ..backends.rule import GRAM_BLOCK, L1_LIMBS, TIE_BLOCK, ExpertPart, PcbRule, SparsifyRule
 from ._exact import l1_mass, l1_scale, tensor_id
 from ._score_keys import (
     choose_window,
@@ -19,6 +19,7 @@ from ._score_keys import (
 )
 from .consensus import consensus_apply, consensus_merge, total_divisor, weight_sum
 from .expert import Expert, expert_apply_, expert_k, expert_rescale, expert_revert_, extract_expert
+from .geometry import gram
 from .highpass import highpass, highpass_plan
 from .many import PreparedMerge, consensus_merge_many, prepare_merge_many
 from .pcb import pcb_apply, pcb_extremes, pcb_histogram, pcb_scores, pcb_sums, pcb_window_
@@ -44,6 +45,7 @@ from .select import (
 from .sparsify import count_nonfinite, kept_masks, l1_sums, sparsify, zero_nonfinite_
 
 __all__ = [
+    "GRAM_BLOCK",
     "L1_LIMBS",
     "TIE_BLOCK",
     "Expert",
@@ -67,6 +69,7 @@ __all__ = [
     "expert_rescale",
     "expert_revert_",
     "extract_expert",
+    "gram",
     "hashed_mask",
     "highest_bin",
     "highpass",

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from fastmerge import methods
+
 Tensors = dict[str, torch.Tensor]
 
 SHAPES = {
@@ -71,16 +73,28 @@ def save_family(
 
 
 def config_for(method: str, paths: Sequence[Path], weights: Sequence[float], **parameters: object) -> dict[str, object]:
-    """A config for `paths` (base first); linear gets no base."""
+    """A config for `paths` (base first), of as many models as the method takes; one that knows no base gets none."""
+    weighed = "weight" in methods.parameters(method)
     config: dict[str, object] = {
         "merge_method": method,
         "models": [
-            {"model": str(path), "parameters": {"weight": weight}}
-            for path, weight in zip(paths[1:], weights, strict=True)
+            {"model": str(path)} | ({"parameters": {"weight": weight}} if weighed else {})
+            for path, weight in list(zip(paths[1:], weights, strict=True))[: methods.get(method).most_models]
         ],
         "parameters": parameters,
     }
-    return config if method == "linear" else config | {"base_model": str(paths[0])}
+    return config | {"base_model": str(paths[0])} if knows_base(method) else config
+
+
+def some_parameters(method: str) -> dict[str, object]:
+    """What a method needs besides weights, and half of each delta where it has a density."""
+    known = methods.parameters(method)
+    return {name: 0.5 for name in ("density", "t") if name in known}
+
+
+def knows_base(method: str) -> bool:
+    """Whether a base is a base to this method, and no model more."""
+    return methods.get(method).needs_base or methods.get(method).takes_base
 
 
 def load(directory: Path) -> Tensors:

@@ -15,7 +15,7 @@ from fastmerge.engine.plan import Plan, make_plan
 from fastmerge.engine.sources import StateDictSource
 from fastmerge.errors import ArgumentError, CheckpointError, ConfigError
 from fastmerge.merging import plan_checkpoints
-from tests.engine.small_family import Tensors, config_for, family, save, save_family
+from tests.engine.small_family import Tensors, config_for, family, save, save_family, some_parameters
 
 MATRIX = {"w": (300, 400)}
 
@@ -88,7 +88,7 @@ def test_the_buffers_stay_within_the_budget_and_two_loads_fit(tmp_path: Path, me
     from fastmerge.sizes import parse_size
 
     base, tuned = family(3, shapes={"a": (700, 500), "b": (9,), "c": (50, 10), "d": (1000, 1500)})
-    plan = plan_of(tmp_path, method, base, tuned, parameters={} if method in ("linear", "fr") else {"density": 0.5},
+    plan = plan_of(tmp_path, method, base, tuned, parameters=some_parameters(method),
                    memory_budget=budget)  # fmt: skip
     assert plan.in_bytes + plan.out_bytes <= parse_size(budget)
     loads = [load.nbytes for load in plan.loads()]

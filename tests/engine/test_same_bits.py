@@ -16,7 +16,7 @@ from fastmerge.engine.plan import make_plan
 from fastmerge.engine.sources import StateDictSource
 from fastmerge.merging import _fixed_parameters, merge_checkpoints
 from fastmerge.methods.statistics import KeyHistogram
-from tests.engine.small_family import Tensors, config_for, family, load, save_family
+from tests.engine.small_family import Tensors, config_for, family, knows_base, load, save_family
 from tests.numeric import assert_bitwise_equal
 
 WEIGHTS = [0.7, -0.2, 0.45]
@@ -26,7 +26,8 @@ WORKING = [name for name, reason in backends.available().items() if reason is No
 
 
 MODEL_SCOPE = ["ties whole", "breadcrumbs whole", "pcb script", "pcb paper", "pcb each"]
-CASES = [*(name for name in methods.names() if name != "fr"), *MODEL_SCOPE]
+OF_ROWS = ["nuslerp rows", "nuslerp columns", "model_stock rows"]
+CASES = [*(name for name in methods.names() if name != "fr"), *MODEL_SCOPE, *OF_ROWS]
 """Methods, some with a word that says which form of them. fr, which promises a tolerance, is in tests/methods."""
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -34,11 +35,26 @@ FORMS: dict[str, dict[str, Any]] = {
     "each": {"scope": "tensor"},
     "script": {"variant": "script"},
     "paper": {"variant": "paper"},
+    "rows": {"filter_wise": True},
+    "columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
 }
+GEOMETRIC: dict[str, dict[str, Any]] = {
+    "slerp": {"t": 0.3},
+    "nuslerp": {},
+    "multislerp": {},
+    "karcher": {},
+    "model_stock": {},
+    "passthrough": {"scale": 0.7},
+}
+REFUSED = ("pcb", *(name for name in GEOMETRIC if name != "passthrough"))
+"""Methods that do not go with mergekit's numbers."""
 
 
 def parameters_for(case: str) -> dict[str, Any]:
     method, _, form = case.partition(" ")
+    if method in GEOMETRIC:
+        rows = {"nuslerp_flatten": False} if case == "nuslerp rows" else FORMS.get(form, {})
+        return GEOMETRIC[method] | rows
     given: dict[str, Any] = {} if method == "linear" else {"density": 0.4}
     if method not in ("linear", "pcb"):
         given["rescale"] = True
@@ -50,16 +66,24 @@ def parameters_for(case: str) -> dict[str, Any]:
     return given
 
 
+def weights_for(case: str) -> dict[str, Any]:
+    """A weight for each model, of methods that have weights."""
+    method = case.partition(" ")[0]
+    count = methods.get(method).most_models
+    return {"weight": WEIGHTS[:count]} if "weight" in methods.parameters(method) else {}
+
+
 def in_chunks(
     method: str, base: Tensors, tuned: list[Tensors], backend: str, chunk: int | None, numerics: str
 ) -> Tensors:
     """A merge in memory with every tensor cut into chunks of so many elements."""
     chosen = methods.get(method.partition(" ")[0])
+    tuned = tuned[: chosen.most_models]
     plan = make_plan(
         chosen,
-        StateDictSource("base", base) if chosen.needs_base else None,
+        StateDictSource("base", base) if knows_base(chosen.name) else None,
         [StateDictSource(f"models[{index}]", one) for index, one in enumerate(tuned)],
-        _fixed_parameters(chosen, parameters_for(method) | {"weight": WEIGHTS}, len(tuned)),
+        _fixed_parameters(chosen, parameters_for(method) | weights_for(method), len(tuned)),
         budget=1 << 62,
         numerics=numerics,
         seed=5,
@@ -75,7 +99,7 @@ def in_chunks(
 @pytest.mark.parametrize("backend", WORKING)
 @pytest.mark.parametrize("method", CASES)
 def test_cuts_do_not_show(method: str, backend: str, numerics: str) -> None:
-    if numerics == "mergekit" and (method.startswith("pcb") or "whole" in method):
+    if numerics == "mergekit" and (method.startswith(REFUSED) or "whole" in method):
         return  # refused: mergekit has nothing of the kind
     base, tuned = family()
     whole = in_chunks(method, base, tuned, "reference", None, numerics)
@@ -139,7 +163,7 @@ def test_one_digest_for_files_of_any_number_within_any_budget_and_the_bits_of_me
     ]
     for number, (shards, arguments) in enumerate(runs):
         config = config_for(method.partition(" ")[0], families[shards], WEIGHTS, **parameters_for(method))
-        if method.startswith("della") and "kB" in str(arguments.get("memory_budget")):
+        if method.startswith(("della", *GEOMETRIC)) and "kB" in str(arguments.get("memory_budget")):
             arguments = arguments | {"memory_budget": "1MiB"}
         report = merge_checkpoints(config, tmp_path / str(number), seed=5, **arguments)
         digests.add(report.digest)
@@ -147,11 +171,11 @@ def test_one_digest_for_files_of_any_number_within_any_budget_and_the_bits_of_me
 
     base, tuned = family()
     in_memory = fastmerge.merge(
-        tuned,
-        base=base if method != "linear" else None,
+        tuned[: methods.get(method.partition(" ")[0]).most_models],
+        base=base if knows_base(method.partition(" ")[0]) else None,
         method=method.partition(" ")[0],
-        weight=WEIGHTS,
         seed=5,
+        **weights_for(method),
         **parameters_for(method),
     )
     written = load(tmp_path / "0")

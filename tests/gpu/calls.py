@@ -141,6 +141,16 @@ def kept_masks(draw: Draw) -> Call:
     return _under_a_rule(ops.kept_masks, draw)
 
 
+def gram(draw: Draw) -> Call:
+    models = _models(draw)
+    lengths = [length for length in range(1, models.numel + 1) if models.numel % length == 0]
+    return Call(
+        ops.gram,
+        (models.base, models.tensors),
+        {"row_length": draw(st.one_of(st.none(), st.sampled_from(lengths[-6:] or [1])))},
+    )
+
+
 def count_nonfinite(draw: Draw) -> Call:
     return Call(ops.count_nonfinite, (_tensor(draw),))
 
@@ -259,6 +269,7 @@ CALLS: dict[str, Callable[[Draw], Call]] = {
     "topk_mask": topk_mask,
     "l1_sums": l1_sums,
     "kept_masks": kept_masks,
+    "gram": gram,
     "count_nonfinite": count_nonfinite,
     "zero_nonfinite_": zero_nonfinite,
     "consensus_apply": consensus_apply,

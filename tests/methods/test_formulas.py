@@ -22,8 +22,10 @@ CONSENSUS = {"ties", "dare_ties", "breadcrumbs_ties", "della"}
 NORMALIZED = {"linear", "ties", "della"}
 RESCALED = {"dare_linear", "dare_ties", "della", "della_linear"}
 
-FORMULA = [name for name in fastmerge.methods.names() if name not in ("pcb", "fr")]
-"""Those of the one formula. pcb has its own, in tests/ops/test_pcb.py, and so has fr, in test_fr.py."""
+GEOMETRIC = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock", "passthrough")
+FORMULA = [name for name in fastmerge.methods.names() if name not in ("pcb", "fr", *GEOMETRIC)]
+"""Those of the one formula. pcb has its own, in tests/ops/test_pcb.py, and so have fr and the geometric methods, in
+test_fr.py and test_geometry.py."""
 
 Mask = Callable[[Tensor, int], Tensor]
 
@@ -147,7 +149,9 @@ def test_density_1_keeps_the_deltas_untouched_and_lambda_scales_them(method: str
     assert_bitwise_equal(result[NAME], expected(method, base[NAME], [one[NAME] for one in tuned], None, 0.3))
 
 
-@pytest.mark.parametrize("method", sorted(set(fastmerge.methods.names()) - {"linear", "task_arithmetic", "fr"}))
+@pytest.mark.parametrize(
+    "method", sorted(set(fastmerge.methods.names()) - {"linear", "task_arithmetic", "fr", *GEOMETRIC})
+)
 def test_density_0_leaves_the_base(method: str) -> None:
     base, tuned = family(2, torch.bfloat16, {NAME: (33, 20)})
     result = fastmerge.merge(tuned, base=base, method=method, weight=1.0, density=0.0)

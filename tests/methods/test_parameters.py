@@ -36,7 +36,15 @@ DEFAULTS = {
         "exclude": "",
         "lambda": 1.0,
     },
+    "slerp": {"t": None},
+    "nuslerp": {"nuslerp_flatten": True, "nuslerp_row_wise": False},
+    "multislerp": {"normalize_weights": True, "eps": 1e-8},
+    "karcher": {"max_iter": 10, "tol": 1e-5},
+    "model_stock": {"filter_wise": False},
+    "passthrough": {"scale": 1.0},
 }
+GEOMETRIC = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock", "passthrough")
+WEIGHTLESS = ("slerp", "karcher", "model_stock", "passthrough")
 
 
 def test_the_methods() -> None:
@@ -48,17 +56,20 @@ def test_a_description_says_everything_and_is_json(name: str) -> None:
     said = json.loads(json.dumps(methods.describe(name)))
     assert said["name"] == name and said["title"] and said["source"].startswith("https://") and said["passes"]
     by_name = {parameter["name"]: parameter for parameter in said["parameters"]}
-    assert by_name["weight"]["required"] == (name not in ("pcb", "fr")) and by_name["weight"]["per_model"]
+    assert ("weight" in by_name) == (name not in WEIGHTLESS)
+    if name not in WEIGHTLESS:
+        assert by_name["weight"]["required"] == (name not in ("pcb", "fr")) and by_name["weight"]["per_model"]
     assert all(parameter["help"] and parameter["range"] for parameter in said["parameters"])
     expected: dict[str, Any] = dict(DEFAULTS[name])
-    if name not in ("linear", "pcb", "fr"):
+    if name not in ("linear", "pcb", "fr", *GEOMETRIC):
         expected |= {"density": 1.0, "lambda": 1.0, "int8_mask": False}
-    if name != "linear":
+    if name not in ("linear", *GEOMETRIC):
         assert by_name["lambda"]["python_name"] == "lambda_"
-    if name not in ("linear", "fr"):
+    if name not in ("linear", "fr", *GEOMETRIC):
         assert by_name["density"]["range"] == "from 0 to 1"
     assert {key: by_name[key]["default"] for key in by_name if key != "weight"} == expected
-    assert said["needs_base"] == (name != "linear")
+    assert said["needs_base"] == (name not in ("linear", "nuslerp", "multislerp", "karcher", "passthrough"))
+    assert said["takes_base"] == (name in ("nuslerp", "multislerp"))
 
 
 def refused(**arguments: Any) -> str:
@@ -91,7 +102,7 @@ def test_a_misspelt_parameter_gets_the_near_one() -> None:
 
 def test_a_parameter_of_another_method_is_said_to_be_that() -> None:
     assert "belongs to breadcrumbs, breadcrumbs_ties" in refused(method="ties", gamma=0.1)
-    assert "belongs to slerp" in refused(method="ties", t=0.1)
+    assert "belongs to nearswap, slerp" in refused(method="ties", t=0.1)
     assert "it has weight" in refused(method="ties", zzz=0.1)
 
 

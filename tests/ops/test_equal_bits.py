@@ -153,6 +153,20 @@ def test_topk_mask(backend: str, data: st.DataObject) -> None:
 
 @each_backend
 @given(data=st.data())
+def test_gram(backend: str, data: st.DataObject) -> None:
+    data.draw(configurations(backend))
+    # In Triton's interpreter long tensors take long; tests/triton has some of many blocks.
+    models = data.draw(strategies.models(most=9, blocks=backend != "triton"))
+    lengths = [length for length in range(1, models.numel + 1) if models.numel % length == 0]
+    row_length = data.draw(st.one_of(st.none(), st.sampled_from(lengths[-6:] or [1])))
+    expected = ops.gram(models.base, models.tensors, row_length=row_length, backend="reference")
+    with only(backend, "gram"):
+        actual = ops.gram(models.base, models.tensors, row_length=row_length, backend=backend)
+    assert_bitwise_equal(actual, expected)
+
+
+@each_backend
+@given(data=st.data())
 def test_l1_sums(backend: str, data: st.DataObject) -> None:
     data.draw(configurations(backend))
     # The interpreter takes minutes for long tensors; tests/triton has sums over many programs.

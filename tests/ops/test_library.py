@@ -71,6 +71,8 @@ def samples(seed: int, rows: int, backend: str) -> list[tuple[str, tuple[Any, ..
         ("l1_sums", (base, others, f32, *rule_arguments("bernoulli", 2, base.numel()), backend)),
         ("kept_masks", (base, others, f32, *rule_arguments("della", 2, base.numel()), backend)),
         ("count_nonfinite", (base, backend)),
+        ("gram", (base, others, 4, backend)),
+        ("gram", (None, models, base.numel(), backend)),
         ("consensus_apply", (*merge_arguments(models), torch.float16, backend)),
         ("consensus_apply", (*merge_arguments(models, "della"), torch.float32, backend)),
         ("consensus_apply", (*merge_arguments(models, "mask"), torch.float32, backend)),
@@ -129,7 +131,7 @@ def pcb_targets(models: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @each_working_backend
-@pytest.mark.parametrize("number", range(31))
+@pytest.mark.parametrize("number", range(33))
 def test_opcheck(number: int, backend: str) -> None:
     name, arguments = samples(0, 5, backend)[number]
     torch.library.opcheck(op(name), arguments)
@@ -195,6 +197,8 @@ def run_all(models: list[Tensor], backend: str) -> list[Tensor]:
         op("l1_sums")(base, others, f32, "band", bounds, ties, [], [], 1, 0, 0, [], 0, None, backend),
         op("kept_masks")(base, others, f32, *rule_arguments("bernoulli", 2, base.numel()), backend),
         op("count_nonfinite")(base, backend),
+        op("gram")(base, others, 8, backend),
+        op("gram")(None, models, base.numel(), backend),
         merged,
         random,
         out,

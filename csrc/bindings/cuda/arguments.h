@@ -105,6 +105,7 @@ void bind_sparsify(py::module_& m);
 void bind_consensus(py::module_& m);
 void bind_pcb(py::module_& m);
 void bind_expert(py::module_& m);
+void bind_geometry(py::module_& m);
 void bind_highpass(py::module_& m);
 
 }  // namespace bindings

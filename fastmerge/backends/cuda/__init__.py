@@ -12,6 +12,7 @@ import torch
 from ..rule import TIE_BLOCK
 from .consensus import consensus_apply, consensus_apply_many
 from .expert import expert_apply_, expert_extract, expert_revert_
+from .geometry import gram
 from .highpass import highpass
 from .launch import EMULATED, compiled
 from .pcb import (
@@ -47,6 +48,7 @@ __all__ = [
     "expert_apply_",
     "expert_extract",
     "expert_revert_",
+    "gram",
     "hashed_mask",
     "highpass",
     "kept_masks",

@@ -14,6 +14,7 @@ import triton
 from ...reference.expert import expert_extract
 from .consensus import consensus_apply, consensus_apply_many
 from .expert import expert_apply_, expert_revert_
+from .geometry import gram
 from .highpass import highpass
 from .launch import INTERPRETED
 from .pcb import (
@@ -49,6 +50,7 @@ __all__ = [
     "expert_apply_",
     "expert_extract",
     "expert_revert_",
+    "gram",
     "hashed_mask",
     "highpass",
     "kept_masks",
