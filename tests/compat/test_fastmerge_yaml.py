@@ -86,9 +86,12 @@ def test_the_directory_is_mergekits(method, family, tmp_path, capfd):
     assert run_ours(file, ours, "--out-shard-size", "50K") == 0
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fastmerge-yaml:")]
     expected, actual = read(theirs), read(ours)
-    (line,) = said
-    assert line.endswith(f": {len(expected)} by {method}")
-    assert inside.tally().merged == {method: len(expected)}
+    if (method, RELEASE) == ("linear", "0.1.5"):
+        assert "left to mergekit's own function: fused multiply-adds" in said[-1]
+    else:
+        (line,) = said
+        assert line.endswith(f": {len(expected)} by {method}")
+        assert inside.tally().merged == {method: len(expected)}
     names = {path.name for path in theirs.iterdir()}
     assert {path.name for path in ours.iterdir()} == names
     assert len([name for name in names if name.endswith(".safetensors")]) > 1
@@ -157,16 +160,15 @@ def test_scope_model_is_refused_before_anything_is_read_or_written(family, tmp_p
 
 
 def test_what_is_left_to_mergekit_is_said(family, tmp_path, capfd):
-    file = config(family, tmp_path, "task_arithmetic")
-    content = yaml.safe_load(file.read_text()) | {"dtype": "float64"}
-    file.write_text(yaml.safe_dump(content))
+    # (0.0 times infinity is NaN: mergekit writes it.)
+    file = config(family, tmp_path, "task_arithmetic", weight=float("inf"))
     assert run_ours(file, tmp_path / "ours") == 0
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fastmerge-yaml:")]
     count = len(read(tmp_path / "ours"))
-    assert said == [
-        "fastmerge-yaml: no tensor was merged by fastmerge",
-        f"fastmerge-yaml: {count} tensor(s) of task_arithmetic left to mergekit's own function: dtype float64",
-    ]
+    assert said[0] == "fastmerge-yaml: no tensor was merged by fastmerge"
+    (left,) = said[1:]
+    assert left.startswith(f"fastmerge-yaml: {count} tensor(s) of task_arithmetic left to mergekit's own function: ")
+    assert "weight = inf" in left
 
 
 def test_help_and_mistakes_are_mergekits(tmp_path, capfd):

@@ -26,6 +26,8 @@ from fastmerge.methods.parameters import ParameterError
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_MODELS = 4096
 _MOST_SEED = (1 << 63) - 1
+_SOME = "this tensor"
+"""What a tensor is called in reasons, lest each tensor has its own."""
 
 
 class LeftToPeer(Exception):  # noqa: N818 (it says what happens, and nothing is wrong)
@@ -200,10 +202,9 @@ def merge_group(
     per_model = [
         {key: _clamped(value) if key == "density" else value for key, value in given.items()} for given in per_model
     ]
-    label = name or "this tensor"
     labels = [f"model {number}" for number in range(1, len(models) + 1)]
     try:
-        parameters = methods.bind(method, shared, per_model, tensor=label, labels=labels)
+        parameters = methods.bind(method, shared, per_model, tensor=_SOME, labels=labels)
         context = TensorContext(
             name=name or "",
             shape=tuple(models[0].shape),
@@ -214,7 +215,7 @@ def merge_group(
             backend=settings.backend,
             device=str(models[0].device),
         )
-        method.check(context, labels)
+        method.check(replace(context, name=_SOME), labels)
     except ParameterError as error:
         raise LeftToPeer(str(error)) from None
     began = time.perf_counter()

@@ -25,6 +25,7 @@ from fastmerge.integrations.mergekit.methods import ADDED, REPLACED, default_of,
 from fastmerge.integrations.mergekit.patches import MergekitError, Patch, check_parameters
 from fastmerge.integrations.mergekit.sparsification import sparsification_patches
 from fastmerge.methods.base import Method
+from fastmerge.methods.linear import Linear
 
 VERSION = "0.1.5"
 
@@ -103,6 +104,7 @@ class _BatchInside(BatchedMergeMethod):
         settings = SWITCH.settings
         if settings is not None:
             try:
+                self._check_numbers(settings)
                 outputs = [
                     self._merge_one(batch, index, parameters, settings) for index in range(batch.tensors[0].shape[0])
                 ]
@@ -111,6 +113,11 @@ class _BatchInside(BatchedMergeMethod):
                 count_left(self.method.name, str(reason))
         merged: torch.Tensor = self.inner.implementation(batch, **parameters)
         return merged
+
+    def _check_numbers(self, settings: Settings) -> None:
+        """Fused multiply-adds are emulated in fastmerge: exactly, and slower than mergekit's own are."""
+        if isinstance(self.method, Linear) and settings.numerics == "mergekit":
+            raise LeftToPeer("fused multiply-adds, with numerics fp32 there are none")
 
     def _merge_one(
         self, batch: TensorBatch, index: int, parameters: dict[str, Any], settings: Settings
@@ -124,12 +131,16 @@ class _BatchInside(BatchedMergeMethod):
         values: dict[str, Any] = {}
         each: list[dict[str, Any]] = [{} for _ in tensors]
         for spec in self.spec.parameters:
+            if spec.name not in parameters:  # its own default is ours; without one, mergekit says so
+                continue
             value = parameters[spec.name]
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 raise LeftToPeer("gradients are wanted")
             if spec.scope == ParameterScope.SHARED:
                 values[spec.name] = value[index].item() if spec.batch_tensor else value
                 continue
+            if tuple(value.shape) != (batch.tensors[0].shape[0], len(tensors)):
+                raise LeftToPeer(f"{spec.name} has another shape than the batch")
             for given, one in zip(each, value[index].tolist(), strict=True):
                 given[spec.name] = one
         # A batch has no names; the methods that draw need one, and are not merged in batches.
