@@ -26,6 +26,8 @@ def merge_at_once(
     Returns `out`, with the bits that `fastmerge.merge` gives for the same tensor and context. Statistics of a whole
     model are not gathered: methods that have them for these parameters are not for this.
     """
+    if out.numel() == 0:
+        return out
     chunk = Chunk(0, None if base is None else base.reshape(-1), [model.reshape(-1) for model in models])
     gathering = Gathering(None, method.statistics(context, whole=True))
     gathering.observe_whole(chunk)
