@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import threading
+from types import ModuleType
 
 from fastmerge import backends
 from fastmerge.errors import ArgumentError
@@ -87,7 +88,8 @@ def installed() -> str:
         raise MergekitError("mergekit is not installed here; `pip install mergekit==0.1.5` installs it.") from None
 
 
-def _release():  # type: ignore[no-untyped-def]  # a module, of which there are several
+def _release() -> ModuleType:
+    """The part that knows the release that is installed."""
     version = installed()
     if version not in RELEASES:
         raise MergekitError(

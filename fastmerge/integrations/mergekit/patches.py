@@ -10,6 +10,8 @@ from typing import Any
 from fastmerge.errors import FastmergeError
 
 _ABSENT: Any = object()
+WITHOUT_EFFECT = frozenset({"int8_mask"})
+"""Parameters of mergekit's that change no value: a method of ours need not know them."""
 
 
 class MergekitError(FastmergeError, RuntimeError):
@@ -53,9 +55,18 @@ class Patch:
             setattr(self.where, self.name, self.original)
 
 
+def refusal(method: str, tensor: str | None, reason: object) -> MergekitError:
+    """What is said where a method that mergekit has not cannot merge a tensor."""
+    why = str(reason).rstrip(".")
+    return MergekitError(
+        f"{method} cannot merge {tensor or 'this tensor'} inside mergekit: {why}. mergekit has no {method} of its own "
+        "to do it instead; `fastmerge merge` may take the same YAML."
+    )
+
+
 def check_parameters(version: str, method: str, theirs: Iterable[str], ours: Iterable[str]) -> None:
     """MergekitError where mergekit's method has a parameter that ours lacks: then it is not the release it says."""
-    strange = sorted(set(theirs) - set(ours))
+    strange = sorted(set(theirs) - set(ours) - WITHOUT_EFFECT)
     if strange:
         raise MergekitError(
             f"This mergekit says that it is {version}, but its {method} has a parameter that {version} has not: "

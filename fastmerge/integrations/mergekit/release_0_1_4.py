@@ -23,7 +23,7 @@ from fastmerge.integrations.mergekit.group import (
     merge_group,
 )
 from fastmerge.integrations.mergekit.methods import ADDED, REPLACED, default_of, offered
-from fastmerge.integrations.mergekit.patches import MergekitError, Patch, check_parameters
+from fastmerge.integrations.mergekit.patches import MergekitError, Patch, check_parameters, refusal
 from fastmerge.integrations.mergekit.sparsification import sparsification_patches
 from fastmerge.methods.base import Chunk, Known, Method, TensorContext
 from fastmerge.methods.linear import Linear
@@ -113,7 +113,9 @@ class _Inside(MergeMethod):
     def _declared(self, per_model: bool) -> list[Any]:
         # What is chosen by a word cannot be given: this release's YAML takes numbers only.
         return [
-            ConfigParameterDef(name=each.name, required=each.required, default_value=default_of(each))
+            ConfigParameterDef(
+                name=each.name, required=each.required, default_value=None if each.required else default_of(each)
+            )
             for each in offered(self.method.name).values()
             if each.per_model == per_model
         ]
@@ -205,10 +207,7 @@ class MergeInsideTask(Task[torch.Tensor]):
                 return base
             return self._merge(tensors, settings)
         except LeftToPeer as reason:
-            raise MergekitError(
-                f"{self.method_name} cannot merge {self.weight_info.name} inside mergekit: {reason}. mergekit has no "
-                f"{self.method_name} of its own to do it instead; `fastmerge merge` may take the same YAML."
-            ) from None
+            raise refusal(self.method_name, self.weight_info.name, reason) from None
 
     def _merge(self, tensors: dict[ModelReference, torch.Tensor], settings: Settings) -> torch.Tensor:
         method = _method(self.method_name)
@@ -221,9 +220,8 @@ class MergeInsideTask(Task[torch.Tensor]):
         each = [dict(self.tensor_parameters[model].items()) for model in models]
         dtype = _meeting([tensors[model] for model in models]) if base is None else base.dtype
         brought = [tensors[model].to(dtype) for model in models]
-        if settings.numerics == "mergekit":
-            for model, given in zip(models, each, strict=True):
-                self._check_quirks(method, tensors[model].numel(), given)
+        for model, given in zip(models, each, strict=True):
+            self._check_quirks(method, tensors[model].numel(), given)
         values = dict(self.parameters.items())
         return merge_group(method, self.weight_info.name, base, brought, values, each, settings)
 

@@ -8,6 +8,7 @@ import torch
 from mergekit import sparsify
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
+    MISSING,
     BasePolicy,
     BatchedMergeMethod,
     GroupMergeMethod,
@@ -22,7 +23,7 @@ from mergekit.merge_methods.base import (
 from fastmerge import methods
 from fastmerge.integrations.mergekit.group import SWITCH, LeftToPeer, Settings, count_left, merge_group
 from fastmerge.integrations.mergekit.methods import ADDED, REPLACED, default_of, offered, type_of
-from fastmerge.integrations.mergekit.patches import MergekitError, Patch, check_parameters
+from fastmerge.integrations.mergekit.patches import MergekitError, Patch, check_parameters, refusal
 from fastmerge.integrations.mergekit.sparsification import sparsification_patches
 from fastmerge.methods.base import Method
 from fastmerge.methods.linear import Linear
@@ -159,7 +160,7 @@ class _Added(GroupMergeMethod):
                     parameter.name,
                     type_of(parameter),
                     ParameterScope.NON_BASE if parameter.per_model else ParameterScope.SHARED,
-                    default=default_of(parameter),
+                    default=MISSING if parameter.required else default_of(parameter),
                     description=parameter.help,
                 )
                 for parameter in offered(method.name).values()
@@ -176,8 +177,4 @@ class _Added(GroupMergeMethod):
         try:
             return _merge_group(self.method, group, parameters, SWITCH.settings or Settings())
         except LeftToPeer as reason:
-            name = group.metadata.name or "this tensor"
-            raise MergekitError(
-                f"{self.method.name} cannot merge {name} inside mergekit: {reason}. mergekit has no {self.method.name} "
-                "of its own to do it instead; `fastmerge merge` may take the same YAML."
-            ) from None
+            raise refusal(self.method.name, group.metadata.name, reason) from None
