@@ -2,7 +2,7 @@
 
 Python: backends <- ops <- methods <- engine <- everything else. ``reference`` knows only torch and is known only to
 backends, as are the compiled modules and the kernels in Triton, which know only Triton. Nothing below the engine knows
-a file.
+a file. Only ``integrations``, above them all, knows the tools that it plugs into.
 C++: include <- cpu, cuda <- bindings; the Torch and Python headers appear in bindings only, CUDA's in
 cuda/device.h only, which the tests replace by an emulator.
 """
@@ -21,6 +21,8 @@ LAYERS = ("reference", "backends", "ops", "methods", "engine")
 # Known to every layer but reference; they know only one another.
 COMMON = ("errors", "sizes", "_dtypes")
 TOP = len(LAYERS)
+# Tools that fastmerge plugs into: nothing else may know them, or it could not do without them.
+PEERS = frozenset({"mergekit"})
 # Modules about files: the engine's business.
 FILE_MODULES = frozenset({"safetensors", "huggingface_hub", "yaml", "mmap", "shutil", "tempfile", "transformers"})
 
@@ -106,6 +108,8 @@ def _objection(layer: str, target: str) -> str | None:
     """Why a module of ``layer`` may not import ``target`` (a dotted name), or None when it may."""
     top, *rest = target.split(".")
     if top != PACKAGE:
+        if top in PEERS:
+            return None if layer == "integrations" else f"only integrations may know {top}"
         if layer in COMMON or layer not in LAYERS or top in sys.stdlib_module_names - FILE_MODULES:
             return None
         if layer == "reference" and top != "torch":

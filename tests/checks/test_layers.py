@@ -40,6 +40,8 @@ def test_the_repository_keeps_its_layers():
         ("engine/plan.py", "import fastmerge.integrations.mergekit"),
         ("engine/plan.py", "from fastmerge import _cpu"),
         ("errors.py", "from fastmerge.ops import sparsify"),
+        ("engine/plan.py", "import mergekit.config"),
+        ("cli.py", "def late():\n    from mergekit.scripts import run_yaml"),
     ],
 )
 def test_an_import_upwards_is_found(tmp_path, where, code):
@@ -57,6 +59,7 @@ def test_an_import_upwards_is_found(tmp_path, where, code):
         ("engine/plan.py", "from fastmerge import methods, ops\nimport safetensors, yaml"),
         ("cli.py", "from fastmerge import _cpu, backends, merging\nfrom fastmerge.engine import plan"),
         ("integrations/mergekit.py", "import mergekit\nfrom fastmerge import ops"),
+        ("integrations/mergekit/group.py", "import mergekit.sparsify\nfrom fastmerge.engine import at_once"),
         ("__init__.py", "from fastmerge.merging import merge"),
     ],
 )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import fastmerge
-from tests.docs.pages import PAGES, RUN, SHOWN, Block, blocks
+from tests.docs.pages import PAGES, RUN, SHOWN, TOOLS, Block, blocks
 
 COMPARED = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -79,6 +79,8 @@ def run_console(block: Block, workplace: Path, environment: dict[str, str]) -> N
 def test_a_pages_blocks_run_and_print_what_the_page_shows(
     page: Path, workplace: Path, shell_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if page.stem in TOOLS:
+        pytest.importorskip(TOOLS[page.stem], reason="the page is about a tool that is not installed")
     monkeypatch.chdir(workplace)
     for variable in ("FASTMERGE_BACKEND", "FASTMERGE_ISA", "FASTMERGE_THREADS"):
         monkeypatch.delenv(variable, raising=False)

@@ -130,7 +130,7 @@ def test_the_stream_ids_are_those_of_the_code(purpose: str) -> None:
 
 
 def test_every_page_about_an_interface_shows_it_at_work() -> None:
-    for name in ("checkpoints.md", "config.md", "experts.md", "methods.md", "numbers.md", "ops.md"):
+    for name in ("checkpoints.md", "config.md", "experts.md", "mergekit.md", "methods.md", "numbers.md", "ops.md"):
         assert any(one.language in RUN for one in blocks(DOCS / name)), name
 
 
