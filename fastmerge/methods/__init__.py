@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastmerge.errors import ArgumentError
+from fastmerge.methods.arcee_fusion import ArceeFusion
 from fastmerge.methods.base import Method
 from fastmerge.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from fastmerge.methods.dare import DareLinear, DareTies
 from fastmerge.methods.della import Della, DellaLinear
 from fastmerge.methods.fr import Fr
 from fastmerge.methods.linear import Linear
+from fastmerge.methods.nearswap import NearSwap
 from fastmerge.methods.parameters import (
     ELSEWHERE,
     Parameter,
@@ -23,6 +25,8 @@ from fastmerge.methods.parameters import (
 )
 from fastmerge.methods.parameters import bind as _bind
 from fastmerge.methods.pcb import Pcb
+from fastmerge.methods.ram import Ram, RamPlusTl
+from fastmerge.methods.sce import Sce
 from fastmerge.methods.task_arithmetic import TaskArithmetic
 from fastmerge.methods.ties import Ties
 
@@ -42,6 +46,11 @@ _METHODS: dict[str, type[Method]] = {
         DellaLinear,
         Pcb,
         Fr,
+        NearSwap,
+        Sce,
+        Ram,
+        RamPlusTl,
+        ArceeFusion,
     )
 }
 

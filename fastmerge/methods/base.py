@@ -247,3 +247,31 @@ class MethodWithoutPeer(Method):
             raise ParameterError(
                 f"{self.name} goes with numerics fp32 only: mergekit has no such method.", "merge_method"
             )
+
+
+class MethodInFloat32(Method):
+    """A method that mergekit has, too, but whose rounding in the models' dtype is not followed: always float32.
+
+    models: how many there must be beside the base; None for any number.
+    """
+
+    models: ClassVar[int | None] = None
+
+    def compute_dtype(self, dtype: torch.dtype, numerics: str) -> torch.dtype:
+        """Always float32."""
+        return torch.float32
+
+    def check(self, context: TensorContext, labels: Sequence[str]) -> None:
+        """The number of models, and that nobody asks for the peer's rounding."""
+        if context.numerics == "mergekit":
+            raise ParameterError(
+                f"{self.name} goes with numerics fp32 only: it computes in float32 and rounds once, where mergekit "
+                "rounds each step to the models' dtype; leave numerics out.",
+                "merge_method",
+            )
+        if self.models is not None and len(labels) != self.models:
+            raise ParameterError(
+                f"{self.name} merges the base with exactly {self.models} other model, not {len(labels)} "
+                f"({', '.join(labels)}); name one.",
+                "models",
+            )

@@ -14,6 +14,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from fastmerge.errors import ArgumentError
 
@@ -22,16 +23,15 @@ REQUIRED: Any = object()
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 ELSEWHERE = {
-    "alpha": "ramplus_tl",
     "filter_wise": "model_stock",
     "max_iter": "karcher",
     "nuslerp_flatten": "nuslerp",
     "nuslerp_row_wise": "nuslerp",
     "scale": "passthrough",
-    "select_topk": "sce",
-    "t": "slerp, nuslerp and nearswap",
+    "t": "slerp and nuslerp",
     "tol": "karcher",
 }
 """Parameters that people's YAML carries for mergekit methods which are not here."""
@@ -96,7 +96,11 @@ def per_model(meaning: str, default: Any = REQUIRED) -> Any:
 
 
 def shared(default: Any, meaning: str, alias: str | None = None) -> Any:
-    """A field with one value for all models; `alias` is its name in YAML where Python reserves it."""
+    """A field with one value for all models, REQUIRED for one that must be given; `alias` is its name in YAML where
+    Python reserves it.
+    """
+    if default is REQUIRED:
+        return Field(alias=alias, description=meaning)
     return Field(default=default, alias=alias, description=meaning)
 
 
@@ -122,13 +126,18 @@ def parameters_of(model: type[Parameters]) -> dict[str, Parameter]:
             python_name=python_name,
             kind=bool if annotation is bool else str if choices or annotation is str else float,
             per_model=is_per_model,
-            default=extra.get("default_each", REQUIRED) if is_per_model else field.default,
+            default=extra.get("default_each", REQUIRED) if is_per_model else _default(field),
             minimum=next((limit.ge for limit in limits if getattr(limit, "ge", None) is not None), None),
             maximum=next((limit.le for limit in limits if getattr(limit, "le", None) is not None), None),
             help=field.description or "",
             choices=choices,
         )
     return found
+
+
+def _default(field: FieldInfo) -> Any:
+    """A shared field's default; it has none where it was declared without one."""
+    return REQUIRED if field.is_required() else field.default
 
 
 def bind(
@@ -153,6 +162,8 @@ def bind(
             given = shared_values.get(name)
             if given is None and parameter.default is None:
                 continue
+            if given is None and parameter.required:
+                raise ParameterError(f"{method} needs {name} (tensor {tensor}): give it once for all models.", name)
             values[name] = _checked(parameter, parameter.default if given is None else given, tensor, None)
             continue
         each = []

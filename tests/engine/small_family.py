@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -70,13 +71,32 @@ def save_family(
     ]
 
 
+ALONE = ("nearswap", "arcee_fusion")
+"""Methods that merge exactly one model with the base."""
+
+UNWEIGHTED = (*ALONE, "sce", "ram", "ramplus_tl")
+"""Methods without a parameter weight."""
+
+T = TypeVar("T")
+
+
+def taken(method: str, models: Sequence[T]) -> list[T]:
+    """Those of the models that a method merges at once."""
+    return list(models[:1] if method in ALONE else models)
+
+
+def weighed(method: str, weights: Sequence[float]) -> dict[str, object]:
+    """The weights of the models that it merges, where it has any, as `fastmerge.merge` takes them."""
+    return {} if method in UNWEIGHTED else {"weight": list(weights)}
+
+
 def config_for(method: str, paths: Sequence[Path], weights: Sequence[float], **parameters: object) -> dict[str, object]:
     """A config for `paths` (base first); linear gets no base."""
     config: dict[str, object] = {
         "merge_method": method,
         "models": [
-            {"model": str(path), "parameters": {"weight": weight}}
-            for path, weight in zip(paths[1:], weights, strict=True)
+            {"model": str(path), "parameters": {} if method in UNWEIGHTED else {"weight": weight}}
+            for path, weight in taken(method, list(zip(paths[1:], weights, strict=True)))
         ],
         "parameters": parameters,
     }

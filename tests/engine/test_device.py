@@ -28,8 +28,8 @@ from fastmerge.engine.sources import StateDictSource
 from fastmerge.errors import ArgumentError, MergeError
 from fastmerge.merging import _fixed_parameters, merge_checkpoints, plan_checkpoints
 from tests.engine.fake_device import FakeDevice, HazardError
-from tests.engine.small_family import Tensors, config_for, family, load, save_family
-from tests.engine.test_same_bits import CASES, WEIGHTS, parameters_for
+from tests.engine.small_family import Tensors, config_for, family, load, save_family, taken, weighed
+from tests.engine.test_same_bits import CASES, WEIGHTS, WITHOUT_DENSITY, parameters_for
 from tests.numeric import assert_bitwise_equal
 
 SHAPES = {"a.weight": (64, 129), "b.weight": (5, 14, 22), "c.weight": (301,), "d.weight": (), "e.weight": (64, 129)}
@@ -151,11 +151,12 @@ def test_state_dicts_are_brought_up_piecewise(case: str, budget: int) -> None:
 
 def in_memory(case: str, base: Tensors, tuned: list[Tensors], budget: int | None) -> Tensors:
     chosen = methods.get(case.partition(" ")[0])
+    tuned = taken(chosen.name, tuned)
     plan = make_plan(
         chosen,
         StateDictSource("base", base) if chosen.needs_base else None,
         [StateDictSource(f"models[{index}]", one) for index, one in enumerate(tuned)],
-        _fixed_parameters(chosen, parameters_for(case) | {"weight": WEIGHTS}, len(tuned)),
+        _fixed_parameters(chosen, parameters_for(case) | weighed(chosen.name, WEIGHTS), len(tuned)),
         budget=1 << 62,
         device="cpu" if budget is None else "fake",
         gpu_budget=budget,
@@ -175,7 +176,7 @@ def in_memory(case: str, base: Tensors, tuned: list[Tensors], budget: int | None
 def test_the_plan_stays_within_both_budgets(method: str, gpu_memory: str, paths: list[Path]) -> None:
     from fastmerge.sizes import parse_size
 
-    config = config_for(method, paths, WEIGHTS, **({} if method == "linear" else {"density": 0.5}))
+    config = config_for(method, paths, WEIGHTS, **WITHOUT_DENSITY.get(method, {"density": 0.5}))
     with on(FakeDevice()):
         plan = plan_checkpoints(config, device="cpu", gpu_memory=gpu_memory, memory_budget="250kB")
     assert plan.gpu is not None and plan.gpu_budget == parse_size(gpu_memory)

@@ -13,7 +13,7 @@ from torch import Tensor
 import fastmerge
 from fastmerge import ops
 from fastmerge.reference import random
-from tests.engine.small_family import family
+from tests.engine.small_family import UNWEIGHTED, family
 from tests.numeric import assert_bitwise_equal
 
 WEIGHTS = [0.7, -0.2, 0.45]
@@ -22,8 +22,9 @@ CONSENSUS = {"ties", "dare_ties", "breadcrumbs_ties", "della"}
 NORMALIZED = {"linear", "ties", "della"}
 RESCALED = {"dare_linear", "dare_ties", "della", "della_linear"}
 
-FORMULA = [name for name in fastmerge.methods.names() if name not in ("pcb", "fr")]
-"""Those of the one formula. pcb has its own, in tests/ops/test_pcb.py, and so has fr, in test_fr.py."""
+FORMULA = [name for name in fastmerge.methods.names() if name not in ("pcb", "fr", *UNWEIGHTED)]
+"""Those of the one formula. pcb has its own, in tests/ops/test_pcb.py, and so has fr, in test_fr.py, and those without
+weights in test_importance.py."""
 
 Mask = Callable[[Tensor, int], Tensor]
 
@@ -147,7 +148,9 @@ def test_density_1_keeps_the_deltas_untouched_and_lambda_scales_them(method: str
     assert_bitwise_equal(result[NAME], expected(method, base[NAME], [one[NAME] for one in tuned], None, 0.3))
 
 
-@pytest.mark.parametrize("method", sorted(set(fastmerge.methods.names()) - {"linear", "task_arithmetic", "fr"}))
+@pytest.mark.parametrize(
+    "method", sorted(set(fastmerge.methods.names()) - {"linear", "task_arithmetic", "fr", *UNWEIGHTED})
+)
 def test_density_0_leaves_the_base(method: str) -> None:
     base, tuned = family(2, torch.bfloat16, {NAME: (33, 20)})
     result = fastmerge.merge(tuned, base=base, method=method, weight=1.0, density=0.0)

@@ -11,7 +11,7 @@ import fastmerge
 from fastmerge import methods
 from fastmerge.errors import ArgumentError
 from fastmerge.methods.fr import INCLUDE
-from tests.engine.small_family import family
+from tests.engine.small_family import UNWEIGHTED, family
 
 BASE, TUNED = family(2)
 
@@ -36,6 +36,11 @@ DEFAULTS = {
         "exclude": "",
         "lambda": 1.0,
     },
+    "nearswap": {"t": None},
+    "sce": {"select_topk": 1.0, "int8_mask": False},
+    "ram": {"epsilon": 1e-5},
+    "ramplus_tl": {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5},
+    "arcee_fusion": {},
 }
 
 
@@ -48,14 +53,15 @@ def test_a_description_says_everything_and_is_json(name: str) -> None:
     said = json.loads(json.dumps(methods.describe(name)))
     assert said["name"] == name and said["title"] and said["source"].startswith("https://") and said["passes"]
     by_name = {parameter["name"]: parameter for parameter in said["parameters"]}
-    assert by_name["weight"]["required"] == (name not in ("pcb", "fr")) and by_name["weight"]["per_model"]
+    if name not in UNWEIGHTED:
+        assert by_name["weight"]["required"] == (name not in ("pcb", "fr")) and by_name["weight"]["per_model"]
     assert all(parameter["help"] and parameter["range"] for parameter in said["parameters"])
     expected: dict[str, Any] = dict(DEFAULTS[name])
-    if name not in ("linear", "pcb", "fr"):
+    if name not in ("linear", "pcb", "fr", *UNWEIGHTED):
         expected |= {"density": 1.0, "lambda": 1.0, "int8_mask": False}
-    if name != "linear":
+    if name not in ("linear", *UNWEIGHTED):
         assert by_name["lambda"]["python_name"] == "lambda_"
-    if name not in ("linear", "fr"):
+    if name not in ("linear", "fr", *UNWEIGHTED):
         assert by_name["density"]["range"] == "from 0 to 1"
     assert {key: by_name[key]["default"] for key in by_name if key != "weight"} == expected
     assert said["needs_base"] == (name != "linear")

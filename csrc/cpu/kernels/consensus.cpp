@@ -254,5 +254,6 @@ extern "C" const fastmerge::cpu::Kernels* FASTMERGE_TABLE() {
     fastmerge::fill_pcb(table);
     fastmerge::fill_consensus(table);
     fastmerge::fill_expert(table);
+    fastmerge::fill_importance(table);
     return &table;
 }

@@ -65,5 +65,6 @@ void fill_sparsify(cpu::Kernels& table);
 void fill_pcb(cpu::Kernels& table);
 void fill_consensus(cpu::Kernels& table);
 void fill_expert(cpu::Kernels& table);
+void fill_importance(cpu::Kernels& table);
 
 FM_NAMESPACE_END
