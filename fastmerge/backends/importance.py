@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference import importance as reference
+from .rule import L1_LIMBS
 
 _BLOCK = 1 << 17
 _GPU_BLOCK = 1 << 22
@@ -63,7 +64,7 @@ def model_variance(base: Tensor, tensors: list[Tensor]) -> Tensor:
 
 def energy_sums(base: Tensor, tensors: list[Tensor], mask: Tensor | None) -> Tensor:
     """Exact sums of squares; see `fastmerge.ops.energy_sums`."""
-    total = torch.zeros(len(tensors), reference.LIMBS, dtype=torch.int64, device=base.device)
+    total = torch.zeros(len(tensors), L1_LIMBS, dtype=torch.int64, device=base.device)
     for part in _blocks(base.numel(), base.device, 8):
         kept = None if mask is None else mask[part.start // 8 : -(-part.stop // 8)]
         total += reference.energy_sums(*_of(part, base, tensors), kept)

@@ -110,6 +110,11 @@ def known_on_host(method: methods.Method, context: TensorContext, case: str) -> 
     for statistic in needed:
         statistic.prepare(chunk, known)
         known[statistic.name] = statistic.finish(statistic.observe(chunk, known), known)
+    for found in known.values():
+        if isinstance(found, StreamedBounds):
+            # Ties that chunks of the host had: no tensor has chunks in two places.
+            found._before.clear()
+            found._total = None
     return needed, known
 
 
