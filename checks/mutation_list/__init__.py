@@ -6,11 +6,11 @@ even compile proves nothing.
 
 from __future__ import annotations
 
-from checks.mutation_list import consensus, expert, highpass, pcb, select, shared, sparsify
+from checks.mutation_list import consensus, expert, highpass, importance, pcb, select, shared, sparsify
 from checks.mutation_list.mutation import Mutation
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-_FAMILIES = (shared, select, sparsify, consensus, pcb, expert, highpass)
+_FAMILIES = (shared, select, sparsify, consensus, pcb, expert, highpass, importance)
 
 MUTATIONS = [mutation for family in _FAMILIES for mutation in family.MUTATIONS]

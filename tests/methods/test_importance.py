@@ -184,6 +184,12 @@ def test_sce_takes_the_lowest_index_among_equal_variances() -> None:
     assert merged("sce", base, [one, torch.zeros(10)], select_topk=0.5).tolist() == [1, -1, 1, 1, 0, 0, 0, 0, 0, 0]
 
 
+def test_arcee_fusion_takes_what_is_at_the_threshold() -> None:
+    base = torch.zeros(8)
+    x = torch.tensor([0.5, -0.5] * 4)  # all matter alike, so that the threshold is what they matter
+    assert merged("arcee_fusion", base, [x]).tolist() == x.tolist()
+
+
 def test_ram_with_epsilon_0_counts_every_change() -> None:
     base = torch.zeros(3)
     models = [torch.tensor([1e-30, 2.0, 0.0]), torch.tensor([0.0, 4.0, -0.0])]

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastmerge import ops
+from fastmerge.backends import importance
 from fastmerge.errors import ArgumentError, ArgumentTypeError, FastmergeError
 from fastmerge.ops.sparsify import mask_bytes
+from fastmerge.reference import importance as reference
 from tests import strategies
 from tests.numeric import assert_bitwise_equal, poison_
 from tests.ops.running import configurations, each_backend, only
@@ -151,6 +153,36 @@ def test_chunks_add_up_and_join(backend: str) -> None:
         else:
             for model in range(3):
                 assert ops.l1_mass(sum(others)[model]) == ops.l1_mass(one[model])
+
+
+@pytest.mark.parametrize("width", [8, 24, 512])
+def test_blocks(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain torch's blocks, which GPUs have: several of them, the last one short, and rows longer than a block."""
+    monkeypatch.setattr("fastmerge.backends.importance._BLOCK", 64)
+    generator = torch.Generator().manual_seed(width)
+    base = torch.randn(3, width, generator=generator)
+    tensors = [base + 1e-3 * torch.randn(3, width, generator=generator) for _ in range(2)]
+    mask = torch.randint(0, 256, (3 * width // 8,), dtype=torch.uint8, generator=generator)
+    rows = torch.arange(1.0, 4.0)
+    for name, models, arguments in (
+        ("ram_counts", tensors, (1e-3,)),
+        ("model_variance", tensors, ()),
+        ("energy_sums", tensors, (mask,)),
+        ("energy_sums", tensors, (None,)),
+        ("divergences", tensors[:1], (width,)),
+        ("importance", tensors[:1], (rows, width)),
+    ):
+        in_blocks = getattr(importance, name)(base, models, *arguments)
+        whole = getattr(reference, name)(base, models, *arguments)
+        if name == "energy_sums":
+            assert [ops.l1_mass(row) for row in in_blocks] == [ops.l1_mass(row) for row in whole]
+        else:
+            assert_bitwise_equal(in_blocks, whole)
+    for name, models, arguments in (("nearswap", tensors[:1], (1e-3,)), ("ram_apply", tensors, ([1.0, 1.5], 1e-3))):
+        outs = [poison_(torch.empty_like(base)) for _ in range(2)]
+        for module, out in zip((importance, reference), outs):
+            getattr(module, name)(base, models, *arguments, out)
+        assert_bitwise_equal(*outs)
 
 
 x = torch.arange(6.0).reshape(2, 3)

@@ -74,6 +74,14 @@ def test_ram(models: int, epsilon: float) -> None:
     assert epsilon == 5.0 or sum(shared) + sum(alone) > 0
 
 
+def test_ram_leaves_out_what_is_as_large_as_epsilon() -> None:
+    base, out = torch.zeros(3), torch.empty(3)
+    x = torch.tensor([0.5, -0.5, 0.75])
+    importance.ram_apply(base, [x], [1.0], 0.5, out)
+    assert out.tolist() == [0.0, 0.0, 0.75]
+    assert importance.ram_counts(base, [x], 0.5).tolist() == [[0, 1]]
+
+
 def test_ram_lets_nan_through() -> None:
     base = torch.tensor([0.0, 0.0, math.nan])
     out = torch.empty(3)
@@ -152,6 +160,14 @@ def test_divergences(width: int, spread: float) -> None:
     assert (found >= 0).all()
     values = importance.importance(base, [x], found, width).view(6, width)
     assert_bitwise_equal(values, (x - base).abs() * found[:, None])
+
+
+def test_divergences_of_values_whose_exponentials_float32_does_not_hold() -> None:
+    base = torch.tensor([[300.0, 299.0, 0.0], [-200.0, 0.0, 1.0]])
+    x = torch.tensor([[300.0, 298.0, 5.0], [0.0, -200.0, 1.0]])
+    p, q = (torch.softmax(each.double(), dim=-1) + 1e-8 for each in (x, base))
+    exact = (p * (p / q).log()).sum(dim=-1)
+    torch.testing.assert_close(importance.divergences(base, [x], 3).double(), exact, rtol=1e-5, atol=0)
 
 
 def test_a_row_that_stays_has_no_divergence_and_nan_stays_within_its_row() -> None:
