@@ -42,8 +42,8 @@ class ArceeFusion(MethodInFloat32):
         return self.row_length(context)
 
     def workspace(self, context: TensorContext, numel: int) -> int:
-        """What matters how much, and where that is enough; the divergences of all rows."""
-        return numel * 4 + -(-numel // 8) + context.numel // self.row_length(context) * 4
+        """What matters how much, and where that is enough; the divergences of rows."""
+        return numel * 4 + -(-numel // 8) + numel // self.row_length(context) * 4
 
     def statistics(self, context: TensorContext, whole: bool) -> list[Statistic]:
         """The divergence of each row, then the threshold."""
@@ -164,7 +164,7 @@ class Counts:
     """How many importances have which leading 16 bits, and the divergences of the rows that were seen."""
 
     def __init__(self, counts: torch.Tensor, rows: torch.Tensor) -> None:
-        """counts: int64[65536]. rows: float32, of all rows of the tensor, NaN where none was seen yet."""
+        """counts: int64[65536]. rows: float32, of all rows of the tensor, 0 where none was seen yet."""
         self.counts = counts
         self.rows = rows
 
