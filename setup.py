@@ -24,8 +24,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 FAMILIES = ("select", "sparsify", "pcb", "consensus", "expert", "geometry")
+CPU_FAMILIES = (*FAMILIES, "importance")
 CUDA_FAMILIES = (*FAMILIES, "highpass")
-DRIVERS = ("dispatch", "pool", *FAMILIES)
+DRIVERS = ("dispatch", "pool", *CPU_FAMILIES)
 
 CUDA_SOURCES = ("driver", *CUDA_FAMILIES)
 CUDA_BINDINGS = ["csrc/bindings/cuda.cpp", *(f"csrc/bindings/cuda/{name}.cpp" for name in CUDA_FAMILIES)]
@@ -199,7 +200,7 @@ class BuildKernels(build_ext):
         """The drivers once and the kernels once per instruction set."""
         objects = self._compile(ext, "driver", [f"csrc/cpu/{name}.cpp" for name in DRIVERS], [], [])
         for isa, flags in isa_flags(platform.machine()).items():
-            sources = [f"csrc/cpu/kernels/{name}.cpp" for name in FAMILIES]
+            sources = [f"csrc/cpu/kernels/{name}.cpp" for name in CPU_FAMILIES]
             objects += self._compile(ext, isa, sources, isa_defines(isa), flags)
         objects += self._compile(ext, "bindings", ["csrc/bindings/cpu.cpp"], [], [])
         self._link(ext, objects, [])

@@ -96,18 +96,20 @@ void check_rounding() {
 }
 
 void check_functions() {
-    std::vector<float> x, exps, tanhs;
+    std::vector<float> x, exps, tanhs, logs;
     for (uint64_t bits = 0; bits < 0x100000000ull; bits += 65521)
         x.push_back(bit_cast<float>(static_cast<uint32_t>(bits)));
     int64_t count = static_cast<int64_t>(x.size());
     exps.resize(x.size());
     tanhs.resize(x.size());
+    logs.resize(x.size());
     function(0, x.data(), count, exps.data());
     function(1, x.data(), count, tanhs.data());
+    function(2, x.data(), count, logs.data());
     auto same = [](float a, float b) { return bit_cast<uint32_t>(canonical(a)) == bit_cast<uint32_t>(canonical(b)); };
     for (size_t i = 0; i < x.size(); ++i) {
-        if (!same(exps[i], exp_of(x[i])) || !same(tanhs[i], tanh_of(x[i])))
-            return check(false, "exp or tanh gives other bits than plain code");
+        if (!same(exps[i], exp_of(x[i])) || !same(tanhs[i], tanh_of(x[i])) || !same(logs[i], log_of(x[i])))
+            return check(false, "exp, tanh or log gives other bits than plain code");
         double exact = std::tanh(static_cast<double>(x[i]));
         if (!(std::fabs(tanhs[i] - exact) <= 4e-7 * std::fabs(exact)) && x[i] == x[i]) return check(false, "tanh");
     }
@@ -315,6 +317,40 @@ std::vector<uint8_t> inner_products(const Family& family) {
     return all;
 }
 
+// What the importance family finds and merges, byte after byte; rows of seven elements, and one row of all.
+std::vector<uint8_t> importances(const Family& family) {
+    Models models = family.view();
+    models.numel -= models.numel % 7;
+    size_t n = static_cast<size_t>(models.count), numel = static_cast<size_t>(models.numel);
+    std::vector<uint8_t> all, mask((numel + 7) / 8, 0x5a);
+    std::vector<float> factors(n, 1.25f), values(numel);
+    for (int32_t dtype : {kFloat32, kBFloat16, kFloat16}) {
+        std::vector<uint8_t> out(numel * static_cast<size_t>(dtype_size(dtype)), 0xcd);
+        nearswap(models, 1e-3f, out.data(), dtype);
+        append(all, out);
+        ram_apply(models, factors.data(), 1e-3f, out.data(), dtype);
+        append(all, out);
+    }
+    std::vector<int64_t> counts(2 * n, -1), sums(12 * n, -1);
+    ram_counts(models, 1e-3f, counts.data());
+    append(all, counts);
+    for (const uint8_t* kept : {static_cast<const uint8_t*>(nullptr), static_cast<const uint8_t*>(mask.data())}) {
+        energy_sums(models, kept, sums.data());
+        append(all, sums);
+    }
+    model_variance(models, values.data());
+    append(all, values);
+    for (int64_t width : {int64_t{7}, models.numel}) {
+        if (width == 0) continue;
+        std::vector<float> rows(numel / static_cast<size_t>(width));
+        divergences(models, width, rows.data());
+        append(all, rows);
+        importance(models, rows.data(), width, values.data());
+        append(all, values);
+    }
+    return all;
+}
+
 }  // namespace
 
 int main() {
@@ -337,6 +373,7 @@ int main() {
             append(made, competitions(families[f]));
             append(made, experts(families[f]));
             append(made, inner_products(families[f]));
+            append(made, importances(families[f]));
             if (expected.size() == f) expected.push_back(made);
             check(made == expected[f], "merging gives other bits than " + supported_isas().front());
         }

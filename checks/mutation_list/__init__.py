@@ -6,11 +6,22 @@ even compile proves nothing.
 
 from __future__ import annotations
 
-from checks.mutation_list import consensus, expert, geometry, highpass, mergekit, pcb, select, shared, sparsify
+from checks.mutation_list import (
+    consensus,
+    expert,
+    geometry,
+    highpass,
+    importance,
+    mergekit,
+    pcb,
+    select,
+    shared,
+    sparsify,
+)
 from checks.mutation_list.mutation import Mutation
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-_FAMILIES = (shared, select, sparsify, consensus, pcb, expert, geometry, highpass, mergekit)
+_FAMILIES = (shared, select, sparsify, consensus, pcb, expert, geometry, highpass, importance, mergekit)
 
 MUTATIONS = [mutation for family in _FAMILIES for mutation in family.MUTATIONS]

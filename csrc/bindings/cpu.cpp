@@ -479,7 +479,65 @@ PYBIND11_MODULE(_cpu, m) {
         [](int which, uintptr_t x, int64_t count, uintptr_t out) {
             fastmerge::cpu::function(which, floats(x), count, floats(out));
         },
-        release(), "exp (0) or tanh (1) of float32 values.");
+        release(), "exp (0), tanh (1) or log (2) of float32 values.");
+    m.def(
+        "nearswap",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, float t, const Ref& out) {
+            Inputs inputs(base, subtract, tensors, numel, fastmerge::kFloat32);
+            fastmerge::cpu::nearswap(inputs.models, t, reinterpret_cast<void*>(out.first), array(out).dtype);
+        },
+        release());
+    m.def(
+        "ram_counts",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, float epsilon,
+           uintptr_t out) {
+            Inputs inputs(base, subtract, tensors, numel, fastmerge::kFloat32);
+            fastmerge::cpu::ram_counts(inputs.models, epsilon, numbers(out));
+        },
+        release());
+    m.def(
+        "ram_apply",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel,
+           const std::vector<float>& factors, float epsilon, const Ref& out) {
+            Inputs inputs(base, subtract, tensors, numel, fastmerge::kFloat32);
+            need(factors.size() == tensors.size(), "one factor per model is needed");
+            fastmerge::cpu::ram_apply(inputs.models, factors.data(), epsilon, reinterpret_cast<void*>(out.first),
+                                      array(out).dtype);
+        },
+        release());
+    m.def(
+        "model_variance",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, uintptr_t out) {
+            Inputs inputs(base, subtract, tensors, numel, fastmerge::kFloat32);
+            fastmerge::cpu::model_variance(inputs.models, floats(out));
+        },
+        release());
+    m.def(
+        "energy_sums",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, uintptr_t mask,
+           uintptr_t out) {
+            Inputs inputs(base, subtract, tensors, numel, fastmerge::kFloat32);
+            fastmerge::cpu::energy_sums(inputs.models, reinterpret_cast<const uint8_t*>(mask), numbers(out));
+        },
+        release());
+    m.def(
+        "divergences",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, int64_t width,
+           uintptr_t out) {
+            Inputs inputs(base, subtract, tensors, numel, fastmerge::kFloat32);
+            need(width > 0 && numel % width == 0, "a chunk must hold whole rows");
+            fastmerge::cpu::divergences(inputs.models, width, floats(out));
+        },
+        release());
+    m.def(
+        "importance",
+        [](const Ref& base, bool subtract, const std::vector<Ref>& tensors, int64_t numel, uintptr_t divergence,
+           int64_t width, uintptr_t out) {
+            Inputs inputs(base, subtract, tensors, numel, fastmerge::kFloat32);
+            need(width > 0 && numel % width == 0, "a chunk must hold whole rows");
+            fastmerge::cpu::importance(inputs.models, floats(divergence), width, floats(out));
+        },
+        release());
     m.def(
         "random_words",
         [](uint64_t seed, uint64_t tensor_id, uint32_t stream, uint64_t first, int64_t count, uintptr_t out) {

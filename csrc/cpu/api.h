@@ -76,7 +76,16 @@ void expert_revert(const std::vector<ExpertArgs>& tensors, int64_t* changed);
 // Inner products; see fastmerge/reference/geometry.py. out: [pairs, rows, blocks of a row]
 void gram(const Models& models, int64_t row_length, double* out);
 
-// exp (0) or tanh (1) of float32 values.
+// How much places matter; see fastmerge/reference/importance.py. The base is subtracted; compute is float32.
+void nearswap(const Models& models, float t, void* out, int32_t dtype);
+void ram_counts(const Models& models, float epsilon, int64_t* counts);  // [n, 2]
+void ram_apply(const Models& models, const float* factors, float epsilon, void* out, int32_t dtype);
+void model_variance(const Models& models, float* out);
+void energy_sums(const Models& models, const uint8_t* mask, int64_t* limbs);  // [n, 12]; mask: a bit each, or nullptr
+void divergences(const Models& models, int64_t width, float* out);            // [rows]
+void importance(const Models& models, const float* divergence, int64_t width, float* out);
+
+// exp (0), tanh (1) or log (2) of float32 values.
 void function(int32_t which, const float* x, int64_t count, float* out);
 
 // The random words of elements first .. first + count - 1 of a stream.

@@ -164,7 +164,18 @@ struct Kernels {
     size_t (*gram_scratch)(int32_t models);
     void (*gram)(const Models* models, int64_t begin, int64_t end, void* scratch, double* out, int64_t stride);
 
-    // exp (0) or tanh (1) of float32 values, for tests and benchmarks
+    // importance. Counts are added to; [n, 12] limbs are carried; rows of divergences have room for three in scratch.
+    void (*nearswap)(const Models* models, float t, int64_t begin, int64_t end, void* out, int32_t dtype);
+    void (*ram_counts)(const Models* models, float epsilon, int64_t begin, int64_t end, int64_t* counts);
+    void (*ram_apply)(const Models* models, const float* factors, float epsilon, int64_t begin, int64_t end, void* out,
+                      int32_t dtype);
+    void (*model_variance)(const Models* models, int64_t begin, int64_t end, float* out);
+    void (*energy)(const Models* models, const uint8_t* mask, int64_t begin, int64_t end, uint64_t* limbs);
+    void (*divergence)(const Models* models, int64_t width, int64_t first, int64_t last, float* scratch, float* out);
+    void (*importance)(const Models* models, const float* divergences, int64_t width, int64_t begin, int64_t end,
+                       float* out);
+
+    // exp (0), tanh (1) or log (2) of float32 values, for tests and benchmarks
     void (*function)(int32_t which, const float* x, int64_t count, float* out);
 
     // the generator alone, for tests and benchmarks

@@ -24,7 +24,7 @@ _ELECTIONS = {"none": 0, "weighted": 1, "total": 2, "frequency": 3}
 _DIVISORS = {"none": 0, "weights": 1, "count": 2, "value": 3}
 _ZERO_SIGNS = {"positive": 1.0, "negative": -1.0, "zero": 0.0}
 _PCB_VARIANTS = {"script": 0, "nlp": 0, "vision": 1, "vision_es": 2, "paper": 3}
-_FUNCTIONS = {"exp": 0, "tanh": 1}
+_FUNCTIONS = {"exp": 0, "tanh": 1, "log": 2}
 
 _Ref = tuple[int, int]
 _NOTHING: _Ref = (0, 0)
@@ -360,8 +360,61 @@ def pcb_apply(
     _cpu.pcb_apply(*_pcb_inputs(base, tensors), _pcb_rule(rule), weights, _ref(out), target)
 
 
+def _deltas(base: torch.Tensor, tensors: list[torch.Tensor]) -> tuple[_Ref, bool, list[_Ref], int]:
+    return _inputs(base, tensors, torch.float32)[:4]
+
+
+def nearswap(base: torch.Tensor, tensors: list[torch.Tensor], t: float, out: torch.Tensor) -> None:
+    """One model's merge into `out`; see `fastmerge.ops.nearswap`."""
+    _cpu.nearswap(*_deltas(base, tensors), t, _ref(out))
+
+
+def ram_counts(base: torch.Tensor, tensors: list[torch.Tensor], epsilon: float) -> torch.Tensor:
+    """Where each model takes part; see `fastmerge.ops.ram_counts`."""
+    out = torch.empty(len(tensors), 2, dtype=torch.int64)
+    _cpu.ram_counts(*_deltas(base, tensors), epsilon, out.data_ptr())
+    return out
+
+
+def ram_apply(
+    base: torch.Tensor, tensors: list[torch.Tensor], factors: list[float], epsilon: float, out: torch.Tensor
+) -> None:
+    """The merge of one chunk into `out`; see `fastmerge.ops.ram_apply`."""
+    _cpu.ram_apply(*_deltas(base, tensors), factors, epsilon, _ref(out))
+
+
+def model_variance(base: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The variance over the models; see `fastmerge.ops.model_variance`."""
+    out = torch.empty(base.numel(), dtype=torch.float32)
+    _cpu.model_variance(*_deltas(base, tensors), out.data_ptr())
+    return out
+
+
+def energy_sums(base: torch.Tensor, tensors: list[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+    """Exact sums of squares; see `fastmerge.ops.energy_sums`."""
+    out = torch.empty(len(tensors), L1_LIMBS, dtype=torch.int64)
+    _cpu.energy_sums(*_deltas(base, tensors), 0 if mask is None else mask.data_ptr(), out.data_ptr())
+    return out
+
+
+def divergences(base: torch.Tensor, tensors: list[torch.Tensor], row_length: int) -> torch.Tensor:
+    """The divergence of each row; see `fastmerge.ops.divergences`."""
+    out = torch.empty(base.numel() // row_length, dtype=torch.float32)
+    _cpu.divergences(*_deltas(base, tensors), row_length, out.data_ptr())
+    return out
+
+
+def importance(
+    base: torch.Tensor, tensors: list[torch.Tensor], divergence: torch.Tensor, row_length: int
+) -> torch.Tensor:
+    """How much each element matters; see `fastmerge.ops.importance`."""
+    out = torch.empty(base.numel(), dtype=torch.float32)
+    _cpu.importance(*_deltas(base, tensors), divergence.data_ptr(), row_length, out.data_ptr())
+    return out
+
+
 def functions(x: torch.Tensor, which: str) -> torch.Tensor:
-    """`which` ("exp" or "tanh") of contiguous float32 values, as the scores have it."""
+    """`which` ("exp", "tanh" or "log") of contiguous float32 values, as the scores have it."""
     out = torch.empty_like(x)
     _cpu.function(_FUNCTIONS[which], x.data_ptr(), x.numel(), out.data_ptr())
     return out

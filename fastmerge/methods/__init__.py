@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastmerge.errors import ArgumentError
+from fastmerge.methods.arcee_fusion import ArceeFusion
 from fastmerge.methods.base import Method
 from fastmerge.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from fastmerge.methods.dare import DareLinear, DareTies
@@ -16,9 +17,9 @@ from fastmerge.methods.karcher import Karcher
 from fastmerge.methods.linear import Linear
 from fastmerge.methods.model_stock import ModelStock
 from fastmerge.methods.multislerp import Multislerp
+from fastmerge.methods.nearswap import NearSwap
 from fastmerge.methods.nuslerp import Nuslerp
 from fastmerge.methods.parameters import (
-    ELSEWHERE,
     Parameter,
     ParameterError,
     Parameters,
@@ -28,6 +29,8 @@ from fastmerge.methods.parameters import (
 from fastmerge.methods.parameters import bind as _bind
 from fastmerge.methods.passthrough import Passthrough
 from fastmerge.methods.pcb import Pcb
+from fastmerge.methods.ram import Ram, RamPlusTl
+from fastmerge.methods.sce import Sce
 from fastmerge.methods.slerp import Slerp
 from fastmerge.methods.task_arithmetic import TaskArithmetic
 from fastmerge.methods.ties import Ties
@@ -54,6 +57,11 @@ _METHODS: dict[str, type[Method]] = {
         Passthrough,
         Pcb,
         Fr,
+        NearSwap,
+        Sce,
+        Ram,
+        RamPlusTl,
+        ArceeFusion,
     )
 }
 
@@ -125,7 +133,7 @@ def describe(name: str) -> dict[str, Any]:
 
 def explain_unknown_parameter(name: str, method: str) -> str:
     """The sentence for a parameter that the method lacks: the near one, or the methods that it belongs to."""
-    owners: dict[str, str] = dict(ELSEWHERE)
+    owners: dict[str, str] = {}
     for other in names():
         for parameter in parameters(other):
             held = owners.get(parameter)

@@ -266,3 +266,20 @@ class MethodWithoutPeer(Method):
             raise ParameterError(
                 f"{self.name} goes with numerics fp32 only: mergekit has no such method.", "merge_method"
             )
+
+
+class MethodInFloat32(Method):
+    """A method that mergekit has, too, but whose rounding in the models' dtype is not followed: always float32."""
+
+    def compute_dtype(self, dtype: torch.dtype, numerics: str) -> torch.dtype:
+        """Always float32."""
+        return torch.float32
+
+    def check(self, context: TensorContext, labels: Sequence[str]) -> None:
+        """Nobody may ask for the peer's rounding."""
+        if context.numerics == "mergekit":
+            raise ParameterError(
+                f"{self.name} goes with numerics fp32 only: it computes in float32 and rounds once, where mergekit "
+                "rounds each step to the models' dtype; leave numerics out.",
+                "merge_method",
+            )

@@ -14,6 +14,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from fastmerge.errors import ArgumentError
 
@@ -22,13 +23,7 @@ REQUIRED: Any = object()
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
-
-ELSEWHERE = {
-    "alpha": "ramplus_tl",
-    "select_topk": "sce",
-    "t": "nearswap",
-}
-"""Parameters that people's YAML carries for mergekit methods which are not here."""
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class ParameterError(ArgumentError):
@@ -92,7 +87,11 @@ def per_model(meaning: str, default: Any = REQUIRED) -> Any:
 
 
 def shared(default: Any, meaning: str, alias: str | None = None) -> Any:
-    """A field with one value for all models; `alias` is its name in YAML where Python reserves it."""
+    """A field with one value for all models, REQUIRED for one that must be given; `alias` is its name in YAML where
+    Python reserves it.
+    """
+    if default is REQUIRED:
+        return Field(alias=alias, description=meaning)
     return Field(default=default, alias=alias, description=meaning)
 
 
@@ -118,13 +117,18 @@ def parameters_of(model: type[Parameters]) -> dict[str, Parameter]:
             python_name=python_name,
             kind=str if choices else next((kind for kind in (bool, int, str) if annotation is kind), float),
             per_model=is_per_model,
-            default=extra.get("default_each", REQUIRED) if is_per_model else field.default,
+            default=extra.get("default_each", REQUIRED) if is_per_model else _default(field),
             minimum=next((limit.ge for limit in limits if getattr(limit, "ge", None) is not None), None),
             maximum=next((limit.le for limit in limits if getattr(limit, "le", None) is not None), None),
             help=field.description or "",
             choices=choices,
         )
     return found
+
+
+def _default(field: FieldInfo) -> Any:
+    """A shared field's default; it has none where it was declared without one."""
+    return REQUIRED if field.is_required() else field.default
 
 
 def bind(

@@ -21,6 +21,15 @@ from .consensus import consensus_apply, consensus_merge, total_divisor, weight_s
 from .expert import Expert, expert_apply_, expert_k, expert_rescale, expert_revert_, extract_expert
 from .geometry import gram
 from .highpass import highpass, highpass_plan
+from .importance import (
+    divergences,
+    energy_sums,
+    importance,
+    model_variance,
+    nearswap,
+    ram_apply,
+    ram_counts,
+)
 from .many import PreparedMerge, consensus_merge_many, prepare_merge_many
 from .pcb import pcb_apply, pcb_extremes, pcb_histogram, pcb_scores, pcb_sums, pcb_window_
 from .pcb_rows import pcb_bounds, pcb_merge, pcb_rule
@@ -64,6 +73,8 @@ __all__ = [
     "consensus_merge",
     "consensus_merge_many",
     "count_nonfinite",
+    "divergences",
+    "energy_sums",
     "expert_apply_",
     "expert_k",
     "expert_rescale",
@@ -74,6 +85,7 @@ __all__ = [
     "highest_bin",
     "highpass",
     "highpass_plan",
+    "importance",
     "keep_ties",
     "key_histogram",
     "key_window_",
@@ -83,6 +95,8 @@ __all__ = [
     "kept_masks",
     "l1_sums",
     "magnitude_bounds",
+    "model_variance",
+    "nearswap",
     "pcb_apply",
     "pcb_bounds",
     "pcb_extremes",
@@ -97,6 +111,8 @@ __all__ = [
     "pcb_window_",
     "prefixes",
     "prepare_merge_many",
+    "ram_apply",
+    "ram_counts",
     "rank_range",
     "score_bound",
     "score_bound_in_window",

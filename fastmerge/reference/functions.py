@@ -1,8 +1,8 @@
-"""exp and tanh for float32, the same bits on every machine and backend.
+"""exp, tanh and log for float32, the same bits on every machine and backend.
 
-Only additions, multiplications, one division and integer operations on bits, each rounded on its own. Both write x as
-k ln 2 + r with |r| <= ln 2 / 2. k ln 2 is taken in two parts, of which the first times k is exact. The header
-`fastmerge/functions.h` says the same in C++.
+Only additions, multiplications, one division and integer operations on bits, each rounded on its own. exp and tanh
+write x as k ln 2 + r with |r| <= ln 2 / 2, log as 2**k (1 + f). k ln 2 is taken in two parts, of which the first times
+k is exact. The header `fastmerge/functions.h` says the same in C++.
 """
 
 from __future__ import annotations
@@ -22,6 +22,23 @@ POLYNOMIAL = [
 ]
 EXPONENT_BIAS = 127
 MANTISSA_BITS = 23
+SMALLEST_NORMAL = 2.0**-126
+TWO_23 = 2.0**23
+ROOT_HALF_BITS = 0x3F3504F3  # of the float32 just below the root of 1/2
+INFINITY, NAN = float("inf"), float("nan")
+LOG_POLYNOMIAL = [
+    float.fromhex(number)
+    for number in (
+        "-0x1.38b56ap-4",
+        "0x1.055b66p-3",
+        "-0x1.0d8544p-3",
+        "0x1.22da1ep-3",
+        "-0x1.547244p-3",
+        "0x1.99a008p-3",
+        "-0x1.000226p-2",
+        "0x1.555554p-2",
+    )
+]
 
 
 def exp(x: Tensor) -> Tensor:
@@ -69,3 +86,34 @@ def reduced_expm1(r: Tensor) -> Tensor:
 def power_of_two(k: Tensor) -> Tensor:
     """2**k as float32, for -127 < k < 128."""
     return ((k + EXPONENT_BIAS) << MANTISSA_BITS).view(torch.float32)
+
+
+def log(x: Tensor) -> Tensor:
+    """The natural logarithm, at most 0.9 ulp off, measured over every float32: -inf at 0, NaN below.
+
+    x = 2**k (1 + f) with sqrt(1/2) <= 1 + f < sqrt(2); log(1 + f) = f - f**2 / 2 + f**3 P(f), so that nothing is lost
+    where x is near 1.
+    """
+    denormal = x < SMALLEST_NORMAL
+    bits = torch.where(denormal, x * TWO_23, x).view(torch.int32)
+    # Arithmetic on the bits: the exponent that leaves a mantissa from sqrt(1/2) on.
+    exponent = (bits - ROOT_HALF_BITS) >> MANTISSA_BITS
+    f = (bits - (exponent << MANTISSA_BITS)).view(torch.float32) - 1.0
+    k = torch.where(denormal, exponent - MANTISSA_BITS, exponent).to(torch.float32)
+    square = f * f
+    rest = ((f * square) * log_polynomial(f) + k * LN2_LOW) - 0.5 * square
+    value = (f + rest) + k * LN2_HIGH
+    value = torch.where(x == 0.0, -INFINITY, torch.where(x == INFINITY, INFINITY, value))
+    # A NaN comes out of the bits as a number.
+    return torch.where((x < 0.0) | x.isnan(), NAN, value)
+
+
+def log_polynomial(f: Tensor) -> Tensor:
+    """The P of log(1 + f) = f - f**2 / 2 + f**3 P(f), for sqrt(1/2) <= 1 + f < sqrt(2).
+
+    The polynomial is the one that makes the greatest relative error of the logarithm least: 6e-9.
+    """
+    p = torch.full_like(f, LOG_POLYNOMIAL[0])
+    for coefficient in LOG_POLYNOMIAL[1:]:
+        p = p * f + coefficient
+    return p

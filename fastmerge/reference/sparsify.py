@@ -83,9 +83,9 @@ def exact_l1(x: Tensor) -> Tensor:
     exponent = key >> 23
     implicit_bit = (exponent > 0).to(torch.int64) << 23
     mantissa = (key & 0x7FFFFF) | implicit_bit
-    by_exponent = torch.zeros(255, dtype=torch.int64).scatter_add_(0, exponent, mantissa)
+    by_exponent = torch.zeros(255, dtype=torch.int64, device=x.device).scatter_add_(0, exponent, mantissa)
     total = sum(mass << max(e - 1, 0) for e, mass in enumerate(by_exponent.tolist()))
-    return torch.tensor([total >> 32 * limb & 0xFFFFFFFF for limb in range(LIMBS)], dtype=torch.int64)
+    return torch.tensor([total >> 32 * limb & 0xFFFFFFFF for limb in range(LIMBS)], dtype=torch.int64, device=x.device)
 
 
 def l1_sums(base: Tensor | None, tensors: list[Tensor], rule: Any, compute: torch.dtype) -> Tensor:

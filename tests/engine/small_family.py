@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -72,14 +73,34 @@ def save_family(
     ]
 
 
+UNWEIGHTED = tuple(name for name in methods.names() if "weight" not in methods.parameters(name))
+
+OTHER_FORMULAS = (
+    *("slerp", "nuslerp", "multislerp", "karcher", "model_stock", "passthrough"),
+    *("nearswap", "sce", "ram", "ramplus_tl", "arcee_fusion"),
+)
+"""Methods that are neither the one formula, nor pcb, nor fr."""
+
+T = TypeVar("T")
+
+
+def taken(method: str, models: Sequence[T]) -> list[T]:
+    """Those of the models that a method merges at once."""
+    return list(models[: methods.get(method).most_models])
+
+
+def weighed(method: str, weights: Sequence[float]) -> dict[str, object]:
+    """The weights of the models that it merges, where it has any, as `fastmerge.merge` takes them."""
+    return {} if method in UNWEIGHTED else {"weight": taken(method, weights)}
+
+
 def config_for(method: str, paths: Sequence[Path], weights: Sequence[float], **parameters: object) -> dict[str, object]:
     """A config for `paths` (base first), of as many models as the method takes; one that knows no base gets none."""
-    weighed = "weight" in methods.parameters(method)
     config: dict[str, object] = {
         "merge_method": method,
         "models": [
-            {"model": str(path)} | ({"parameters": {"weight": weight}} if weighed else {})
-            for path, weight in list(zip(paths[1:], weights, strict=True))[: methods.get(method).most_models]
+            {"model": str(path)} | ({"parameters": {"weight": weight}} if method not in UNWEIGHTED else {})
+            for path, weight in taken(method, list(zip(paths[1:], weights, strict=True)))
         ],
         "parameters": parameters,
     }
@@ -89,7 +110,7 @@ def config_for(method: str, paths: Sequence[Path], weights: Sequence[float], **p
 def some_parameters(method: str) -> dict[str, object]:
     """What a method needs besides weights, and half of each delta where it has a density."""
     known = methods.parameters(method)
-    return {name: 0.5 for name in ("density", "t") if name in known}
+    return {name: 0.5 for name in ("density", "t", "select_topk") if name in known}
 
 
 def knows_base(method: str) -> bool:

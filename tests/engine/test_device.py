@@ -28,8 +28,18 @@ from fastmerge.engine.sources import StateDictSource
 from fastmerge.errors import ArgumentError, MergeError
 from fastmerge.merging import _fixed_parameters, merge_checkpoints, plan_checkpoints
 from tests.engine.fake_device import FakeDevice, HazardError
-from tests.engine.small_family import Tensors, config_for, family, knows_base, load, save_family, some_parameters
-from tests.engine.test_same_bits import CASES, WEIGHTS, parameters_for, weights_for
+from tests.engine.small_family import (
+    Tensors,
+    config_for,
+    family,
+    knows_base,
+    load,
+    save_family,
+    some_parameters,
+    taken,
+    weighed,
+)
+from tests.engine.test_same_bits import CASES, WEIGHTS, parameters_for
 from tests.numeric import assert_bitwise_equal
 
 SHAPES = {"a.weight": (64, 129), "b.weight": (5, 14, 22), "c.weight": (301,), "d.weight": (), "e.weight": (64, 129)}
@@ -158,12 +168,12 @@ def test_state_dicts_are_brought_up_piecewise(case: str, budget: int) -> None:
 
 def in_memory(case: str, base: Tensors, tuned: list[Tensors], budget: int | None) -> Tensors:
     chosen = methods.get(case.partition(" ")[0])
-    tuned = tuned[: chosen.most_models]
+    tuned = taken(chosen.name, tuned)
     plan = make_plan(
         chosen,
         StateDictSource("base", base) if knows_base(chosen.name) else None,
         [StateDictSource(f"models[{index}]", one) for index, one in enumerate(tuned)],
-        _fixed_parameters(chosen, parameters_for(case) | weights_for(case), len(tuned)),
+        _fixed_parameters(chosen, parameters_for(case) | weighed(chosen.name, WEIGHTS), len(tuned)),
         budget=1 << 62,
         device="cpu" if budget is None else "fake",
         gpu_budget=budget,

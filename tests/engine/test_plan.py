@@ -15,7 +15,7 @@ from fastmerge.engine.plan import Plan, make_plan
 from fastmerge.engine.sources import StateDictSource
 from fastmerge.errors import ArgumentError, CheckpointError, ConfigError
 from fastmerge.merging import plan_checkpoints
-from tests.engine.small_family import Tensors, config_for, family, save, save_family, some_parameters
+from tests.engine.small_family import Tensors, config_for, family, knows_base, save, save_family, some_parameters, taken
 
 MATRIX = {"w": (300, 400)}
 
@@ -44,6 +44,12 @@ def plan_of(tmp_path: Path, method: str, base: Tensors, tuned: Sequence[Tensors]
         ("dare_ties", {"density": 0.5}, 2),
         ("dare_linear", {"density": 0.5, "rescale": False}, 1),
         ("della", {"density": 0.5}, 2),
+        ("nearswap", {"t": 1e-4}, 1),
+        ("sce", {"select_topk": 0.5}, 4),
+        ("sce", {}, 2),
+        ("ram", {}, 1),
+        ("ramplus_tl", {}, 2),
+        ("arcee_fusion", {}, 3),
     ],
 )
 def test_a_tensor_that_is_cut_costs_a_sweep_for_each_statistic(
@@ -52,7 +58,7 @@ def test_a_tensor_that_is_cut_costs_a_sweep_for_each_statistic(
     base, tuned = family(2, shapes={"w": (300, 4000)})
     plan = plan_of(tmp_path, method, base, tuned, parameters=parameters, memory_budget="2MiB")
     assert len(plan.jobs[0].cuts) > 3 and plan.passes == sweeps
-    inputs = 2 if method == "linear" else 3
+    inputs = int(knows_base(method)) + len(taken(method, tuned))
     assert plan.bytes_read == sweeps * inputs * 300 * 4000 * 2
     assert plan.describe()["swept_tensors"] == (["w"] if sweeps > 1 else [])
     roomy = plan_checkpoints(config_for(method, [tmp_path / "family" / name for name in ("base", "model-0", "model-1")],
@@ -88,14 +94,13 @@ def test_the_buffers_stay_within_the_budget_and_two_loads_fit(tmp_path: Path, me
     from fastmerge.sizes import parse_size
 
     base, tuned = family(3, shapes={"a": (700, 500), "b": (9,), "c": (50, 10), "d": (1000, 1500)})
-    plan = plan_of(tmp_path, method, base, tuned, parameters=some_parameters(method),
-                   memory_budget=budget)  # fmt: skip
+    plan = plan_of(tmp_path, method, base, tuned, parameters=some_parameters(method), memory_budget=budget)
     assert plan.in_bytes + plan.out_bytes <= parse_size(budget)
     loads = [load.nbytes for load in plan.loads()]
     assert all(one + following <= plan.in_bytes for one, following in pairwise(loads))
     for job in plan.jobs:
         assert job.cuts[0] == 0 and job.cuts[-1] == job.numel and list(job.cuts) == sorted(set(job.cuts))
-        if method.startswith("della"):
+        if method.startswith(("della", "arcee")):
             assert all(cut % job.shape[-1] == 0 for cut in job.cuts) and (job.piece % job.shape[-1] == 0)
 
 

@@ -15,8 +15,9 @@ from fastmerge.engine.executor import DictSink, execute
 from fastmerge.engine.plan import make_plan
 from fastmerge.engine.sources import StateDictSource
 from fastmerge.merging import _fixed_parameters, merge_checkpoints
+from fastmerge.methods.base import MethodInFloat32, MethodWithoutPeer
 from fastmerge.methods.statistics import KeyHistogram
-from tests.engine.small_family import Tensors, config_for, family, knows_base, load, save_family
+from tests.engine.small_family import Tensors, config_for, family, knows_base, load, save_family, taken, weighed
 from tests.numeric import assert_bitwise_equal
 
 WEIGHTS = [0.7, -0.2, 0.45]
@@ -27,10 +28,20 @@ WORKING = [name for name, reason in backends.available().items() if reason is No
 
 MODEL_SCOPE = ["ties whole", "breadcrumbs whole", "pcb script", "pcb paper", "pcb each"]
 OF_ROWS = ["nuslerp rows", "nuslerp columns", "model_stock rows"]
-CASES = [*(name for name in methods.names() if name != "fr"), *MODEL_SCOPE, *OF_ROWS]
+CASES = [*(name for name in methods.names() if name != "fr"), *MODEL_SCOPE, *OF_ROWS, "sce all"]
 """Methods, some with a word that says which form of them. fr, which promises a tolerance, is in tests/methods."""
 
+WITHOUT_DENSITY: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "nearswap": {"t": 1e-4},
+    "sce": {"select_topk": 0.4},
+    "ram": {"epsilon": 1e-4},
+    "ramplus_tl": {"epsilon": 1e-4, "r": 0.5, "alpha": 1.5},
+    "arcee_fusion": {},
+}
+
 FORMS: dict[str, dict[str, Any]] = {
+    "all": {"select_topk": 1.0},
     "whole": {"scope": "model"},
     "each": {"scope": "tensor"},
     "script": {"variant": "script"},
@@ -55,8 +66,8 @@ def parameters_for(case: str) -> dict[str, Any]:
     if method in GEOMETRIC:
         rows = {"nuslerp_flatten": False} if case == "nuslerp rows" else FORMS.get(form, {})
         return GEOMETRIC[method] | rows
-    given: dict[str, Any] = {} if method == "linear" else {"density": 0.4}
-    if method not in ("linear", "pcb"):
+    given: dict[str, Any] = dict(WITHOUT_DENSITY.get(method, {"density": 0.4}))
+    if method not in WITHOUT_DENSITY and method != "pcb":
         given["rescale"] = True
     given |= FORMS.get(form, {})
     if method.startswith("breadcrumbs"):
@@ -66,11 +77,10 @@ def parameters_for(case: str) -> dict[str, Any]:
     return given
 
 
-def weights_for(case: str) -> dict[str, Any]:
-    """A weight for each model, of methods that have weights."""
-    method = case.partition(" ")[0]
-    count = methods.get(method).most_models
-    return {"weight": WEIGHTS[:count]} if "weight" in methods.parameters(method) else {}
+def follows_peer(case: str) -> bool:
+    """Whether the method knows mergekit's numbers: not those that mergekit has not, and not those of float32 alone."""
+    own = isinstance(methods.get(case.partition(" ")[0]), MethodWithoutPeer | MethodInFloat32)
+    return not own and not case.startswith(REFUSED) and "whole" not in case
 
 
 def in_chunks(
@@ -78,12 +88,12 @@ def in_chunks(
 ) -> Tensors:
     """A merge in memory with every tensor cut into chunks of so many elements."""
     chosen = methods.get(method.partition(" ")[0])
-    tuned = tuned[: chosen.most_models]
+    tuned = taken(chosen.name, tuned)
     plan = make_plan(
         chosen,
         StateDictSource("base", base) if knows_base(chosen.name) else None,
         [StateDictSource(f"models[{index}]", one) for index, one in enumerate(tuned)],
-        _fixed_parameters(chosen, parameters_for(method) | weights_for(method), len(tuned)),
+        _fixed_parameters(chosen, parameters_for(method) | weighed(chosen.name, WEIGHTS), len(tuned)),
         budget=1 << 62,
         numerics=numerics,
         seed=5,
@@ -99,8 +109,8 @@ def in_chunks(
 @pytest.mark.parametrize("backend", WORKING)
 @pytest.mark.parametrize("method", CASES)
 def test_cuts_do_not_show(method: str, backend: str, numerics: str) -> None:
-    if numerics == "mergekit" and (method.startswith(REFUSED) or "whole" in method):
-        return  # refused: mergekit has nothing of the kind
+    if numerics == "mergekit" and not follows_peer(method):
+        return  # refused
     base, tuned = family()
     whole = in_chunks(method, base, tuned, "reference", None, numerics)
     for chunk in (10_007,) if backend == "reference" else (65536, 10_007, 4001):
@@ -163,20 +173,20 @@ def test_one_digest_for_files_of_any_number_within_any_budget_and_the_bits_of_me
     ]
     for number, (shards, arguments) in enumerate(runs):
         config = config_for(method.partition(" ")[0], families[shards], WEIGHTS, **parameters_for(method))
-        if method.startswith(("della", *GEOMETRIC)) and "kB" in str(arguments.get("memory_budget")):
+        if method.startswith(("della", "arcee", *GEOMETRIC)) and "kB" in str(arguments.get("memory_budget")):
             arguments = arguments | {"memory_budget": "1MiB"}
         report = merge_checkpoints(config, tmp_path / str(number), seed=5, **arguments)
         digests.add(report.digest)
     assert len(digests) == 1
 
     base, tuned = family()
+    name = method.partition(" ")[0]
     in_memory = fastmerge.merge(
-        tuned[: methods.get(method.partition(" ")[0]).most_models],
-        base=base if knows_base(method.partition(" ")[0]) else None,
-        method=method.partition(" ")[0],
+        taken(name, tuned),
+        base=base if knows_base(name) else None,
+        method=name,
         seed=5,
-        **weights_for(method),
-        **parameters_for(method),
+        **parameters_for(method) | weighed(name, WEIGHTS),
     )
     written = load(tmp_path / "0")
     assert written.keys() == in_memory.keys()

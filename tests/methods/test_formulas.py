@@ -13,7 +13,7 @@ from torch import Tensor
 import fastmerge
 from fastmerge import ops
 from fastmerge.reference import random
-from tests.engine.small_family import family
+from tests.engine.small_family import OTHER_FORMULAS, family
 from tests.numeric import assert_bitwise_equal
 
 WEIGHTS = [0.7, -0.2, 0.45]
@@ -22,10 +22,9 @@ CONSENSUS = {"ties", "dare_ties", "breadcrumbs_ties", "della"}
 NORMALIZED = {"linear", "ties", "della"}
 RESCALED = {"dare_linear", "dare_ties", "della", "della_linear"}
 
-GEOMETRIC = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock", "passthrough")
-FORMULA = [name for name in fastmerge.methods.names() if name not in ("pcb", "fr", *GEOMETRIC)]
-"""Those of the one formula. pcb has its own, in tests/ops/test_pcb.py, and so have fr and the geometric methods, in
-test_fr.py and test_geometry.py."""
+FORMULA = [name for name in fastmerge.methods.names() if name not in ("pcb", "fr", *OTHER_FORMULAS)]
+"""Those of the one formula. The others have theirs in tests/ops/test_pcb.py, test_fr.py, test_geometry.py and
+test_importance.py."""
 
 Mask = Callable[[Tensor, int], Tensor]
 
@@ -150,7 +149,7 @@ def test_density_1_keeps_the_deltas_untouched_and_lambda_scales_them(method: str
 
 
 @pytest.mark.parametrize(
-    "method", sorted(set(fastmerge.methods.names()) - {"linear", "task_arithmetic", "fr", *GEOMETRIC})
+    "method", sorted(set(fastmerge.methods.names()) - {"linear", "task_arithmetic", "fr", *OTHER_FORMULAS})
 )
 def test_density_0_leaves_the_base(method: str) -> None:
     base, tuned = family(2, torch.bfloat16, {NAME: (33, 20)})

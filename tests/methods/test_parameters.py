@@ -11,7 +11,7 @@ import fastmerge
 from fastmerge import methods
 from fastmerge.errors import ArgumentError
 from fastmerge.methods.fr import INCLUDE
-from tests.engine.small_family import family
+from tests.engine.small_family import OTHER_FORMULAS, family
 
 BASE, TUNED = family(2)
 
@@ -42,9 +42,13 @@ DEFAULTS = {
     "karcher": {"max_iter": 10, "tol": 1e-5},
     "model_stock": {"filter_wise": False},
     "passthrough": {"scale": 1.0},
+    "nearswap": {"t": None},
+    "sce": {"select_topk": 1.0, "int8_mask": False},
+    "ram": {"epsilon": 1e-5},
+    "ramplus_tl": {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5},
+    "arcee_fusion": {},
 }
-GEOMETRIC = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock", "passthrough")
-WEIGHTLESS = ("slerp", "karcher", "model_stock", "passthrough")
+WEIGHTLESS = tuple(name for name in OTHER_FORMULAS if name not in ("nuslerp", "multislerp"))
 
 
 def test_the_methods() -> None:
@@ -61,11 +65,11 @@ def test_a_description_says_everything_and_is_json(name: str) -> None:
         assert by_name["weight"]["required"] == (name not in ("pcb", "fr")) and by_name["weight"]["per_model"]
     assert all(parameter["help"] and parameter["range"] for parameter in said["parameters"])
     expected: dict[str, Any] = dict(DEFAULTS[name])
-    if name not in ("linear", "pcb", "fr", *GEOMETRIC):
+    if name not in ("linear", "pcb", "fr", *OTHER_FORMULAS):
         expected |= {"density": 1.0, "lambda": 1.0, "int8_mask": False}
-    if name not in ("linear", *GEOMETRIC):
+    if name not in ("linear", *OTHER_FORMULAS):
         assert by_name["lambda"]["python_name"] == "lambda_"
-    if name not in ("linear", "fr", *GEOMETRIC):
+    if name not in ("linear", "fr", *OTHER_FORMULAS):
         assert by_name["density"]["range"] == "from 0 to 1"
     assert {key: by_name[key]["default"] for key in by_name if key != "weight"} == expected
     assert said["needs_base"] == (name not in ("linear", "nuslerp", "multislerp", "karcher", "passthrough"))

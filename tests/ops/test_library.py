@@ -92,6 +92,16 @@ def samples(seed: int, rows: int, backend: str) -> list[tuple[str, tuple[Any, ..
         ("expert_revert_", worn(models, backend)),
         ("highpass", (base, 0.5, "ideal", backend)),
         ("highpass_out", (base, 0.5, "official", torch.empty_like(base), backend)),
+        ("nearswap", (base, others[:1], 0.5, torch.bfloat16, backend)),
+        ("nearswap_out", (base, others[:1], 0.5, torch.empty(rows, 8), backend)),
+        ("ram_counts", (base, others, 0.1, backend)),
+        ("ram_apply", (base, others, [1.0, 1.5], 0.1, torch.float16, backend)),
+        ("ram_apply_out", (base, others, [1.0, 1.5], 0.1, torch.empty(rows, 8), backend)),
+        ("model_variance", (base, others, backend)),
+        ("energy_sums", (base, others, None, backend)),
+        ("energy_sums", (base, others, torch.full((base.numel() // 8,), 0x5A, dtype=torch.uint8), backend)),
+        ("divergences", (base, others[:1], 8, backend)),
+        ("importance", (base, others[:1], torch.ones(rows), 8, backend)),
     ]
 
 
@@ -131,7 +141,7 @@ def pcb_targets(models: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @each_working_backend
-@pytest.mark.parametrize("number", range(33))
+@pytest.mark.parametrize("number", range(43))
 def test_opcheck(number: int, backend: str) -> None:
     name, arguments = samples(0, 5, backend)[number]
     torch.library.opcheck(op(name), arguments)
@@ -169,7 +179,20 @@ def run_all(models: list[Tensor], backend: str) -> list[Tensor]:
     put_on = [x.clone() for x in expert[0]]
     filtered = torch.empty_like(base)
     op("highpass_out")(base, 0.5, "official", filtered, backend)
+    swapped, rammed = torch.empty_like(base), torch.empty(base.shape)
+    op("nearswap_out")(base, others[:1], 0.5, swapped, backend)
+    op("ram_apply_out")(base, others, [1.0, 1.5], 0.1, rammed, backend)
+    rows = op("divergences")(base, others[:1], 8, backend)
     return [
+        swapped,
+        rammed,
+        rows,
+        op("importance")(base, others[:1], rows, 8, backend),
+        op("nearswap")(base, others[:1], 0.5, torch.float32, backend),
+        op("ram_counts")(base, others, 0.1, backend),
+        op("ram_apply")(base, others, [1.0, 1.5], 0.1, torch.float16, backend),
+        op("model_variance")(base, others, backend),
+        op("energy_sums")(base, others, None, backend),
         op("highpass")(base, 0.5, "ideal", backend),
         filtered,
         *put_on,

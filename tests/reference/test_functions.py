@@ -1,4 +1,4 @@
-"""exp and tanh: within the stated distance of the exact values in every binade, and the same bits in every backend."""
+"""exp, tanh, log: within the stated distance of the exact values in every binade, the same bits in every backend."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fastmerge.reference import functions
 from tests.numeric import assert_bitwise_equal, bits
 from tests.ops.running import restored
 
-FUNCTIONS = {"exp": functions.exp, "tanh": functions.tanh}
-EXACT = {"exp": torch.exp, "tanh": torch.tanh}
-BOUNDS = {"exp": 1.0, "tanh": 2.7}
+FUNCTIONS = {"exp": functions.exp, "tanh": functions.tanh, "log": functions.log}
+EXACT = {"exp": torch.exp, "tanh": torch.tanh, "log": torch.log}
+BOUNDS = {"exp": 1.0, "tanh": 2.7, "log": 0.9}
 """In units of the last place, as the docstrings state them."""
 
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -50,7 +50,8 @@ def distance(result: Tensor, exact: Tensor) -> Tensor:
 def hard_places() -> Tensor:
     """Where results become 0, denormal, infinite or 1, where arguments are clamped, and where k changes."""
     changes = [(k + 0.5) * math.log(2) for k in range(-151, 130)]
-    return near(-104.0, -103.97208, -87.33655, 88.72284, 89.0, 10.0, 9.010914, 1.0, *changes, *(c / 2 for c in changes))
+    places = (-104.0, -103.97208, -87.33655, 88.72284, 89.0, 10.0, 9.010914, 1.0, *changes, *(c / 2 for c in changes))
+    return near(*places, math.sqrt(0.5), math.sqrt(2.0), 1.3971704)
 
 
 @each_function
@@ -58,7 +59,7 @@ def test_the_distance_to_the_exact_value(name: str) -> None:
     x = torch.cat([every_binade(), hard_places()])
     result, exact = FUNCTIONS[name](x), EXACT[name](x.to(torch.float64))
     rounded = exact.to(torch.float32)
-    assert torch.equal(result.isinf(), rounded.isinf())
+    assert torch.equal(result.isinf(), rounded.isinf()) and torch.equal(result.isnan(), rounded.isnan())
     finite = rounded.isfinite()
     assert distance(result[finite], exact[finite]).max() <= BOUNDS[name]
 
@@ -89,6 +90,19 @@ def test_tanh_of_the_tiny_is_itself() -> None:
 
 def test_tanh_of_infinity() -> None:
     assert functions.tanh(torch.tensor([math.inf, -math.inf])).tolist() == [1, -1]
+
+
+def test_log_at_its_ends() -> None:
+    limits = torch.tensor([0.0, -0.0, -1.0, -1e-45, -math.inf, math.inf, 1.0, 1e-45])
+    result = functions.log(limits)
+    assert result[:2].tolist() == [-math.inf, -math.inf] and result[2:5].isnan().all()
+    assert result[5:7].tolist() == [math.inf, 0.0] and not torch.signbit(result[6])
+    assert result[7].item() == pytest.approx(-149 * math.log(2))
+
+
+def test_log_loses_nothing_near_one() -> None:
+    x = near(1.0)
+    torch.testing.assert_close(functions.log(x).double(), torch.log1p(x.double() - 1), rtol=1.2e-7, atol=0)
 
 
 @each_function

@@ -255,5 +255,6 @@ extern "C" const fastmerge::cpu::Kernels* FASTMERGE_TABLE() {
     fastmerge::fill_consensus(table);
     fastmerge::fill_expert(table);
     fastmerge::fill_geometry(table);
+    fastmerge::fill_importance(table);
     return &table;
 }

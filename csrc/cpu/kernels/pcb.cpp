@@ -454,8 +454,10 @@ void pcb_apply(const PcbApplyArgs* args, int64_t begin, int64_t end, void* scrat
 void function(int32_t which, const float* x, int64_t count, float* out) {
     if (which == 0) {
         for (int64_t i = 0; i < count; ++i) out[i] = exp_of(x[i]);
-    } else {
+    } else if (which == 1) {
         for (int64_t i = 0; i < count; ++i) out[i] = tanh_of(x[i]);
+    } else {
+        for (int64_t i = 0; i < count; ++i) out[i] = log_of(x[i]);
     }
 }
 

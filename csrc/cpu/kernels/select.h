@@ -66,5 +66,6 @@ void fill_pcb(cpu::Kernels& table);
 void fill_consensus(cpu::Kernels& table);
 void fill_expert(cpu::Kernels& table);
 void fill_geometry(cpu::Kernels& table);
+void fill_importance(cpu::Kernels& table);
 
 FM_NAMESPACE_END

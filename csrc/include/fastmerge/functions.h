@@ -1,8 +1,9 @@
-// exp and tanh for float32, the same bits on every machine: only additions, multiplications, one division and integer
-// operations on bits, each rounded on its own, and selects instead of branches, so that any compiler vectorises them.
+// exp, tanh and log for float32, the same bits on every machine: only additions, multiplications, one division and
+// integer operations on bits, each rounded on its own, and selects instead of branches, so that any compiler vectorises
+// them.
 //
-// Both write x as k ln 2 + r with |r| <= ln 2 / 2. k ln 2 is taken in two parts, of which the first times k is exact.
-// `fastmerge/reference/functions.py` says the same in PyTorch.
+// exp and tanh write x as k ln 2 + r with |r| <= ln 2 / 2, log as 2^k (1 + f). k ln 2 is taken in two parts, of which
+// the first times k is exact. `fastmerge/reference/functions.py` says the same in PyTorch.
 #pragma once
 
 #include "fastmerge/platform.h"
@@ -65,6 +66,40 @@ FM_INLINE float tanh_of(float x) {
     float expm1 = reduced_expm1(reduced.r) * scale + (scale - 1.0f);
     float value = expm1 / (expm1 + 2.0f);
     return bit_cast<float>(bit_cast<uint32_t>(value) | (bits & 0x80000000u));
+}
+
+constexpr uint32_t kRootHalfBits = 0x3f3504f3u;  // of the float just below the root of 1/2
+
+// The P of log(1 + f) = f - f^2 / 2 + f^3 P(f), for sqrt(1/2) <= 1 + f < sqrt(2). The polynomial is the one that makes
+// the greatest relative error of the logarithm least: 6e-9.
+FM_INLINE float log_polynomial(float f) {
+    float p = -0x1.38b56ap-4f;
+    p = p * f + 0x1.055b66p-3f;
+    p = p * f + -0x1.0d8544p-3f;
+    p = p * f + 0x1.22da1ep-3f;
+    p = p * f + -0x1.547244p-3f;
+    p = p * f + 0x1.99a008p-3f;
+    p = p * f + -0x1.000226p-2f;
+    p = p * f + 0x1.555554p-2f;
+    return p;
+}
+
+// At most 0.9 ulp from ln x, measured over every float32; -infinity at 0, NaN below. With sqrt(1/2) <= 1 + f < sqrt(2)
+// log(1 + f) is f - f^2 / 2 + f^3 P(f), so that nothing is lost where x is near 1.
+FM_INLINE float log_of(float x) {
+    bool denormal = x < 0x1p-126f;
+    uint32_t bits = bit_cast<uint32_t>(denormal ? x * 0x1p23f : x);
+    // Arithmetic on the bits: the exponent that leaves a mantissa from sqrt(1/2) on.
+    int32_t exponent = static_cast<int32_t>(bits - kRootHalfBits) >> 23;
+    float f = bit_cast<float>(bits - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
+    float k = static_cast<float>(denormal ? exponent - 23 : exponent);
+    float square = f * f;
+    float rest = ((f * square) * log_polynomial(f) + k * kLn2Low) - 0.5f * square;
+    float value = (f + rest) + k * kLn2High;
+    float infinity = bit_cast<float>(0x7f800000u);
+    value = x == infinity ? infinity : value;
+    value = x == 0.0f ? -infinity : value;
+    return x >= 0.0f ? value : bit_cast<float>(0x7fc00000u);
 }
 
 FM_NAMESPACE_END

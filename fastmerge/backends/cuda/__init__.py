@@ -9,6 +9,15 @@ from __future__ import annotations
 
 import torch
 
+from ..importance import (
+    divergences,
+    energy_sums,
+    importance,
+    model_variance,
+    nearswap,
+    ram_apply,
+    ram_counts,
+)
 from ..rule import TIE_BLOCK
 from .consensus import consensus_apply, consensus_apply_many
 from .expert import expert_apply_, expert_extract, expert_revert_
@@ -45,12 +54,15 @@ __all__ = [
     "consensus_apply",
     "consensus_apply_many",
     "count_nonfinite",
+    "divergences",
+    "energy_sums",
     "expert_apply_",
     "expert_extract",
     "expert_revert_",
     "gram",
     "hashed_mask",
     "highpass",
+    "importance",
     "kept_masks",
     "key_histogram",
     "key_window_",
@@ -58,6 +70,8 @@ __all__ = [
     "l1_sums",
     "magnitude_bounds",
     "magnitude_bounds_many",
+    "model_variance",
+    "nearswap",
     "pcb_apply",
     "pcb_extremes",
     "pcb_histogram",
@@ -65,6 +79,8 @@ __all__ = [
     "pcb_scores",
     "pcb_sums",
     "pcb_window_",
+    "ram_apply",
+    "ram_counts",
     "score_keys",
     "tie_counts",
     "topk_mask",
