@@ -11,6 +11,7 @@ are as they fall; the product of the three is what is meant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -35,8 +36,8 @@ def of_products(left: Sequence[Tensor], right: Sequence[Tensor], rank: int) -> t
     Returns U [m, rank], S [rank] falling, Vh [rank, k], float32.
     Source: QR of the stacked factors, and the SVD of the small product of their triangles.
     """
-    b = torch.cat([x.float() for x in left], dim=1)
-    a = torch.cat([x.float() for x in right], dim=0).T
+    b, b_scale = _near_one(torch.cat([x.float() for x in left], dim=1))
+    a, a_scale = _near_one(torch.cat([x.float() for x in right], dim=0).T)
     missing = rank - b.shape[1]
     if missing > 0:  # the QR of a column of zeros is a unit vector that is orthogonal to the others
         b = torch.nn.functional.pad(b, (0, missing))
@@ -44,7 +45,7 @@ def of_products(left: Sequence[Tensor], right: Sequence[Tensor], rank: int) -> t
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return q_b @ u[:, :rank], s[:rank], vh[:rank] @ q_a.T
+    return q_b @ u[:, :rank], s[:rank] * b_scale * a_scale, vh[:rank] @ q_a.T
 
 
 def of_matrix(matrix: Tensor, rank: int, *, tolerance: float = TOLERANCE) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,19 +54,28 @@ def of_matrix(matrix: Tensor, rank: int, *, tolerance: float = TOLERANCE) -> tup
     matrix: float32 [m, k], finite. rank: at most min(m, k).
     Returns U [m, rank], S [rank] falling, Vh [rank, k], float32.
     """
+    matrix, scale = _near_one(matrix)
     short = min(matrix.shape)
     if short > SMALL and 8 * rank <= short:
-        if matrix.shape[0] < matrix.shape[1]:
-            found = _lanczos(matrix.T, rank, tolerance)
-            if found is not None:
-                u, s, vh = found
-                return vh.T, s, u.T
-        else:
-            found = _lanczos(matrix, rank, tolerance)
-            if found is not None:
-                return found
+        lies = matrix.shape[0] < matrix.shape[1]
+        found = _lanczos(matrix.T if lies else matrix, rank, tolerance)
+        if found is not None:
+            u, s, vh = found
+            return (vh.T, s * scale, u.T) if lies else (u, s * scale, vh)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return u[:, :rank], s[:rank], vh[:rank]
+    return u[:, :rank], s[:rank] * scale, vh[:rank]
+
+
+def _near_one(matrix: Tensor) -> tuple[Tensor, float]:
+    """A matrix whose squares neither vanish nor overflow in float32, and the power of 2 that makes it what it was."""
+    if matrix.numel() == 0:
+        return matrix, 1.0
+    low, high = (float(x) for x in torch.aminmax(matrix))
+    largest = max(-low, high)
+    if largest == 0 or 1e-9 < largest < 1e9:
+        return matrix, 1.0
+    exponent = math.frexp(largest)[1]
+    return torch.ldexp(matrix, torch.tensor(-exponent, device=matrix.device)), math.ldexp(1.0, exponent)
 
 
 def _lanczos(matrix: Tensor, rank: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -202,7 +202,8 @@ class _Call:
 
     @functools.cached_property
     def _names(self) -> dict[int, str]:
-        return {id(module): name for name, module in self._model.named_modules()}
+        model = getattr(self._model, "model", self._model)
+        return {id(module): name for name, module in model.named_modules()}
 
     def name(self, target: nn.Module) -> str:
         """What a layer is called in its model."""
@@ -210,7 +211,7 @@ class _Call:
 
     def formula(self, form: _Form, weights: Sequence[float], numel: int) -> dict[str, Any]:
         """The arguments of `ops.consensus_merge` for a tensor of so many elements."""
-        density, method = float(self.density if form.pruning else 1.0), form.pruning
+        density, method = min(1.0, float(self.density)) if form.pruning else 1.0, form.pruning
         scale = 1.0
         if method is not None and density >= 1:
             method = None
@@ -288,6 +289,8 @@ class _DrawNothing(TorchFunctionMode):
         if func in self._DRAWING:
             with torch.no_grad():
                 return (args[0] if args else kwargs["tensor"]).zero_()
+        if func is torch.randn and "generator" not in kwargs:
+            return torch.zeros(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -309,15 +312,15 @@ def _taken(form: _Form | None, weights: Any, density: Any, election: Any) -> boo
     return density > 0 or form.pruning != "bernoulli"  # a mask of nothing is divided by 0 there
 
 
-def _tensors_taken(tensors: Sequence[Tensor]) -> bool:
-    """Whether they are ones that the kernels work on, of one shape, dtype and device."""
+def _tensors_taken(tensors: Sequence[Tensor], one_shape: bool = True) -> bool:
+    """Whether they are ones that the kernels work on, of one dtype, device and, unless it does not matter, shape."""
     first = tensors[0]
     return (
         first.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and first.device.type in ("cpu", "cuda")
         and all(
             type(x) in (Tensor, nn.Parameter)
-            and x.shape == first.shape
+            and (x.shape == first.shape or not one_shape)
             and x.dtype == first.dtype
             and x.device == first.device
             for x in tensors
@@ -428,7 +431,8 @@ def _methods(before: dict[str, Any], settings: _Settings) -> dict[str, Any]:
         if clamp is None and driver is None and _taken(form, weights, density, election):
             present = _present(target, adapters, weights)
             assert form is not None
-            if present and _tensors_taken([a for _, _, a, _ in present]) and _all_finite(present):
+            stored = [x for _, _, a, b in present for x in (a, b)]
+            if present and _tensors_taken(stored, one_shape=False) and _all_finite(present):
                 call = getattr(_running, "call", None) or _Call(self, settings, form, density, election)
                 result = _decomposed(call, form, present, new_rank, target, target_a, target_b)
         if result is not None:
@@ -491,7 +495,7 @@ def _decomposed(
             a, b = present[0][2:]
             if rank > min(b.shape[0], a.shape[1]):
                 return None
-            scaled = [b * (w * target.scaling[name]) for (name, _, _, b), w in zip(present, weights)]
+            scaled = [b.float() * (w * target.scaling[name]) for (name, _, _, b), w in zip(present, weights)]
             u, s, vh = low_rank.of_products(scaled, [a for _, _, a, _ in present], rank)
         else:
             deltas = [target.get_delta_weight(adapter).detach() for adapter, _, _, _ in present]

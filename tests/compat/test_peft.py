@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -129,7 +131,7 @@ def peft_as_it_was():
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """How often each of PEFT's own merging methods ran, and our op."""
     from peft.tuners.lora.model import LoraModel
 
@@ -142,8 +144,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
             counts[name] += 1
             return function(*args, **kwargs)
 
-        import functools
-
         return functools.wraps(function)(counted)
 
     for name, short in (
@@ -152,7 +152,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     ):
         monkeypatch.setattr(LoraModel, name, counting(short, LoraModel.__dict__[name]))
     monkeypatch.setattr(ops, "consensus_merge_many", counting("many", ops.consensus_merge_many))
-    return counts
+    yield counts
+    inside.disable()  # before the counters go
 
 
 # -- the factors
@@ -223,7 +224,7 @@ def test_layers_with_nan_or_infinity_come_out_as_pefts(kind, poison, calls):
     model.base_model.model.down.lora_A["two"].weight.data[1, 2] = poison
     theirs, ours = both(model, kind, [1.0, 0.5, 0.7], density=0.5)
     assert_close(theirs, ours, equal_nan=True)
-    assert any(bool(x.isnan().any()) for x in theirs.values())
+    assert not all(bool(x.isfinite().all()) for x in theirs.values())
     assert calls["factors"] == len(ALL) + 1
 
 
