@@ -177,7 +177,7 @@ class _Merge(NamedTuple):
 
     tensors: list[Tensor]
     weights: tuple[float, ...]
-    name: str
+    name: Callable[[], str]
     out: Tensor
     again: Callable[[], Tensor]
 
@@ -251,7 +251,7 @@ class _Call:
             assert self.form is not None
             formula = self.formula(self.form, group[0].weights, group[0].out.numel())
             if formula["method"] == "bernoulli":
-                formula["tensor_ids"] = [ops.tensor_id(merge.name) for merge in group]
+                formula["tensor_ids"] = [ops.tensor_id(merge.name()) for merge in group]
             by_model = [list(one) for one in zip(*(merge.tensors for merge in group))]
             ops.consensus_merge_many(None, by_model, out=[merge.out for merge in group], **formula)
 
@@ -401,11 +401,11 @@ def _methods(before: dict[str, Any], settings: _Settings) -> dict[str, Any]:
             scaled = [weight * target.scaling[adapter] for adapter, weight, _, _ in present]
             roots = [math.sqrt(abs(weight)) for weight in scaled]
             signed = tuple(math.copysign(root, weight) if root else 0.0 for root, weight in zip(roots, scaled))
-            name = call.name(target)
             for side, (letter, tensors, by) in enumerate(zip("AB", lists, (signed, tuple(roots)))):
                 out = torch.empty(tensors[0].shape, dtype=tensors[0].dtype, device=tensors[0].device)
                 again = functools.partial(lambda side: factors(self, *arguments)[side], side)
-                call.add(_Merge(tensors, by, f"{name}.lora_{letter}", out, again))
+                name = functools.partial(lambda letter: f"{call.name(target)}.lora_{letter}", letter)
+                call.add(_Merge(tensors, by, name, out, again))
                 results.append(out)
         return results
 

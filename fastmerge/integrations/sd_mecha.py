@@ -3,8 +3,8 @@
     import sd_mecha
     from fastmerge.integrations import sd_mecha as fast
 
-    deltas = [sd_mecha.subtract(model, base) for model in models]
-    sd_mecha.merge(sd_mecha.add_difference(base, fast.ties_sum(*deltas, k=0.2), alpha=1.0), output="merged.safetensors")
+    recipe = base + fast.ties_sum(*(model - base for model in models), k=0.2)
+    sd_mecha.merge(recipe, output="merged.safetensors")
 
 sd-mecha hands over one tensor at a time, so all thresholds are those of single tensors. A recipe that it writes into a
 file names these methods; reading it back takes this import.
@@ -63,14 +63,14 @@ def ties_sum(
 
 
 @merge_method(identifier="fastmerge_ties_sum_with_dropout")
-def ties_sum_with_dropout(
+def ties_sum_with_dropout(  # type: ignore[no-untyped-def]
     *models: Parameter(Tensor, "delta"),  # type: ignore[valid-type]
     probability: Parameter(float) = 0.9,  # type: ignore[valid-type]
     rescale: Parameter(bool) = True,  # type: ignore[valid-type]
     k: Parameter(float) = 0.2,  # type: ignore[valid-type]
     vote_sgn: Parameter(bool) = False,  # type: ignore[valid-type]
     seed: Parameter(int) = 0,  # type: ignore[valid-type]
-    **context: Any,
+    **context,  # key: what the tensor is called; sd-mecha takes no annotation here
 ) -> Return(Tensor, "delta"):  # type: ignore[valid-type]
     """DARE (arXiv 2311.03099), then TIES, of deltas.
 
