@@ -9,6 +9,7 @@ that are known to work together. It is kept in `build/peers/`.
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -31,6 +32,8 @@ PINNED = {
         "pytorch-lightning==2.6.6",
         "torchmetrics==1.9.0",
     ),
+    "peft_0.19": ("peft==0.19.1",),
+    "peft_0.20": ("peft==0.20.0",),
     "sd_mecha": (
         "sd-mecha==1.1.8",
         "Levenshtein==0.27.5",
@@ -39,7 +42,8 @@ PINNED = {
         "rapidfuzz==3.14.6",
     ),
 }
-"""The peers, and what each needs besides what is here already; nothing else is fetched."""
+"""The peers, and what each needs besides what is here already; nothing else is fetched. What follows an underscore and
+a digit is a version of a peer that the environment of all others has in another."""
 
 
 def environment(name: str, folder: Path) -> Path:
@@ -65,9 +69,10 @@ def environment(name: str, folder: Path) -> Path:
 def test(name: str, folder: Path, arguments: list[str]) -> int:
     """Run the tests beside this peer; pytest's exit status."""
     python = environment(name, folder / name)
-    tests = ROOT / "tests" / "compat" / f"test_{name}.py"
+    peer = re.sub(r"_\d.*", "", name)
+    tests = ROOT / "tests" / "compat" / f"test_{peer}.py"
     command = [str(python), "-m", "pytest", "-q", str(tests), *arguments]
-    paths = {"PYTHONPATH": str(ROOT), "FASTMERGE_PEER": name}
+    paths = {"PYTHONPATH": str(ROOT), "FASTMERGE_PEER": peer}
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **paths}, check=False).returncode
 
 

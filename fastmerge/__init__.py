@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastmerge.errors import FastmergeError
 
 if TYPE_CHECKING:
-    from fastmerge import backends, errors, experts, methods, ops, routers
+    from fastmerge import backends, errors, experts, integrations, methods, ops, routers
     from fastmerge.merging import merge, merge_checkpoints, plan_checkpoints
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ __all__ = [
     "backends",
     "errors",
     "experts",
+    "integrations",
     "merge",
     "merge_checkpoints",
     "methods",
@@ -34,7 +35,7 @@ __all__ = [
     "routers",
 ]
 
-_MODULES = ("backends", "errors", "experts", "methods", "ops", "routers")
+_MODULES = ("backends", "errors", "experts", "integrations", "methods", "ops", "routers")
 _FUNCTIONS = ("merge", "merge_checkpoints", "plan_checkpoints")
 
 
