@@ -2,8 +2,8 @@
 
 Both sides run in this process, in turn, on the same adapters; medians are compared. The SVD routes of PEFT take minutes
 for one decoder layer, so they run on models of `--svd-layers` layers of the same shape, once, and ours on the same.
-Every row carries its check: factors element by element outside what is tied, products of factors for SVD routes,
-and for random routes the share that is kept and its mean.
+Every row carries its check: factors element by element; for `svd` the product of factors, for SVDs of dense matrices
+the singular values; for random routes the share that is kept, and with an SVD how much of the matrix is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BY_SVD = ("svd", "ties_svd", "magnitude_prune_svd", "dare_ties_svd", "dare_linea
 SHAPES = {
     # hidden, intermediate, key and value heads of 64, vocabulary
     "1b": (2048, 8192, 8, 128256),
-    "tiny": (320, 768, 2, 1000),
+    "tiny": (384, 768, 2, 1000),
 }
 
 
@@ -111,6 +111,20 @@ def difference_of_products(theirs: Any, ours: Any) -> float:
     return worst
 
 
+def difference_of_values(theirs: Any, ours: Any) -> float:
+    """The largest difference of a singular value, relative to the largest of its layer: B has them as norms of columns.
+
+    Where those around the cut are close, which vectors are kept is left open; how much of the matrix is, is not.
+    """
+    worst = 0.0
+    for name, (a, b) in theirs.items():
+        other_a, other_b = ours[name]
+        assert a.dtype == other_a.dtype and a.shape == other_a.shape, name
+        values, others = (torch.linalg.vector_norm(x.double(), dim=0) for x in (b, other_b))
+        worst = max(worst, float((values - others).abs().max() / values.max()))
+    return worst
+
+
 def difference_of_laws(model: Any, ours: Any, density: float) -> float:
     """How far the share of kept elements of a random merge is from what is expected, in standard deviations."""
     kept = sum(int((x != 0).sum()) for pair in ours.values() for x in pair)
@@ -139,11 +153,13 @@ def row(model: Any, kind: str, density: float, repeats: int) -> dict[str, Any]:
     elif kind.startswith("dare"):
         # Other masks, so other matrices: what is compared is how much of them the same rank holds.
         norms = [sum(float(b.double().square().sum()) for _, b in found[side].values()) for side in found]
-        check, limit = abs(norms[1] / norms[0] - 1), 0.02
+        check, limit = abs(norms[1] / norms[0] - 1), 0.05
     elif kind in FACTORS:
         check, limit = difference_of_factors(found["peft"], found["fastmerge"]), 1e-6
-    else:
+    elif kind == "svd":
         check, limit = difference_of_products(found["peft"], found["fastmerge"]), 2e-4
+    else:
+        check, limit = difference_of_values(found["peft"], found["fastmerge"]), 1e-5
     medians = {side: statistics.median(times) for side, times in seconds.items()}
     return {
         "route": kind,

@@ -16,7 +16,7 @@ pytest.importorskip("peft", reason="no PEFT (the extra `peers`)")
 
 @pytest.mark.slow
 def test_every_route_is_right(tmp_path):
-    routes = ["ties", "dare_ties", "svd", "ties_svd", "dare_linear_svd"]
+    routes = ["ties", "dare_ties", "svd", "ties_svd"]
     report = tmp_path / "report.json"
     command = [sys.executable, str(ROOT / "bench" / "inside_peft.py"), "--shape", "tiny", "--layers", "1"]
     run = subprocess.run(
