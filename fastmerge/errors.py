@@ -29,3 +29,7 @@ class CheckpointError(FastmergeError, ValueError):
 
 class MergeError(FastmergeError, RuntimeError):
     """The merge failed while running; nothing half-written is left behind (exit code 1)."""
+
+
+class PeerError(FastmergeError, RuntimeError):
+    """A tool that fastmerge plugs into is missing here, or is not one that it knows."""

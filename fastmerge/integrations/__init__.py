@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-_TOOLS = ("mergekit",)
+_TOOLS = ("fusion_bench", "mergekit", "peft", "sd_mecha")
 
 
 def __getattr__(name: str) -> ModuleType:

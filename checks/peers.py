@@ -1,0 +1,103 @@
+"""Tests beside the peers that do not fit into the environment of all others: each gets one of its own.
+
+An environment borrows torch and the rest from the one that runs this, and adds a peer with what it needs, in versions
+that are known to work together. It is kept in `build/peers/`.
+
+    python -m checks.peers                 # all of them
+    python -m checks.peers sd_mecha        # one
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+from checks import ROOT
+
+PINNED = {
+    "fusion_bench": (
+        "fusion-bench==0.2.33",
+        "antlr4-python3-runtime==4.9.3",
+        "bidict==0.24.1",
+        "h5py==3.16.0",
+        "hydra-core==1.3.8",
+        "joblib==1.6.0",
+        "lightning==2.6.6",
+        "lightning-utilities==0.15.3",
+        "omegaconf==2.3.1",
+        "pytorch-lightning==2.6.6",
+        "torchmetrics==1.9.0",
+    ),
+    "peft_0.19": ("peft==0.19.1",),
+    "peft_0.20": ("peft==0.20.0",),
+    "sd_mecha": (
+        "sd-mecha==1.1.8",
+        "Levenshtein==0.27.5",
+        "fuzzywuzzy==0.18.0",
+        "python-Levenshtein==0.27.5",
+        "rapidfuzz==3.14.6",
+    ),
+}
+"""The peers, and what each needs besides what is here already; nothing else is fetched. What follows an underscore and
+a digit is a version of a peer that the environment of all others has in another."""
+
+
+def environment(name: str, folder: Path) -> Path:
+    """The Python of an environment with this peer, made where it is not there yet or was made for other versions.
+
+    Raises:
+        RuntimeError: a package could not be installed.
+    """
+    python, stamp = folder / "bin" / "python", folder / "holds.txt"
+    holds = "\n".join(PINNED[name])
+    if stamp.exists() and stamp.read_text() == holds:
+        return python
+    venv.create(folder, with_pip=False, clear=True)
+    site = Path(_run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
+    # The packages of this environment come after its own; editable installs stay out of sight.
+    (site / "borrowed.pth").write_text("".join(f"{sysconfig.get_path(path)}\n" for path in ("purelib", "platlib")))
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--ignore-installed"]
+    _run([*install, "--no-build-isolation", *PINNED[name]])
+    stamp.write_text(holds)
+    return python
+
+
+def test(name: str, folder: Path, arguments: list[str]) -> int:
+    """Run the tests beside this peer; pytest's exit status."""
+    python = environment(name, folder / name)
+    peer = re.sub(r"_\d.*", "", name)
+    tests = ROOT / "tests" / "compat" / f"test_{peer}.py"
+    command = [str(python), "-m", "pytest", "-q", str(tests), *arguments]
+    paths = {"PYTHONPATH": str(ROOT), "FASTMERGE_PEER": peer}
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **paths}, check=False).returncode
+
+
+def _run(command: list[str | Path]) -> str:
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}")
+    return result.stdout
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Test beside the peers that are named, or all; 1 if any test fails or an environment cannot be made."""
+    parser = argparse.ArgumentParser(prog="python -m checks.peers", description=__doc__.splitlines()[0])
+    parser.add_argument("peers", nargs="*", choices=[*PINNED, []], default=[], help="by default all")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "peers", help="where environments are kept")
+    chosen, rest = parser.parse_known_args(arguments)
+    failed = False
+    for name in chosen.peers or PINNED:
+        try:
+            failed |= test(name, chosen.folder, rest) != 0
+        except RuntimeError as error:
+            print(f"no environment for {name}: {error}", file=sys.stderr)
+            failed = True
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Configurations of fastmerge's methods for FusionBench: `hydra.searchpath=[pkg://` this package `]`."""
