@@ -13,7 +13,13 @@ def _pcb(*tests: str) -> tuple[str, ...]:
 MUTATIONS = [
     *in_file(
         "triton_kernels/pcb.py",
-        _pcb("pcb_scores[triton]", "many_rows", "rows_of_several_blocks", "pcb_merge[triton]"),
+        _pcb(
+            "scores_of_special_numbers_between_special_bounds",
+            "pcb_scores[triton]",
+            "many_rows",
+            "rows_of_several_blocks",
+            "pcb_merge[triton]",
+        ),
         (
             "the lower bound of a clip wins",
             "tl.where(x < low, low, tl.where(x > high, high, x))",
@@ -295,7 +301,7 @@ MUTATIONS = [
         "csrc/cuda/scores.h",
         (
             "tests/cuda/test_pcb.py",
-            "tests/ops/test_pcb.py::test_scores_of_zeros_between_bounds_that_are_no_numbers",
+            "tests/ops/test_pcb.py::test_scores_of_special_numbers_between_special_bounds",
         ),
         (
             "pairs are taken from both sides",
