@@ -70,13 +70,16 @@ def test_pcb_scores(backend: str, data: st.DataObject) -> None:
 
 @each_backend
 @pytest.mark.parametrize("variant", VARIANTS[:-1])
-@pytest.mark.parametrize("bounds", [(math.inf, math.inf), (0.0, math.inf), (math.nan, 1.0), (0.5, 0.5), (2.0, 1.0)])
+@pytest.mark.parametrize(
+    "bounds", [(math.inf, math.inf), (0.0, math.inf), (math.nan, 1.0), (0.5, 0.5), (2.0, 1.0), (0.0, 1.0)]
+)
 def test_scores_of_special_numbers_between_special_bounds(
     backend: str, variant: str, bounds: tuple[float, float]
 ) -> None:
-    """No numbers, equal ones, and bounds out of order, of which the lower wins; a NaN has no sign, even in a z of 0."""
-    one = [0.0, -0.0, 1.0, math.inf, math.nan, 1.5, -1.5]
-    other = [0.0, 2.0, -0.0, 1.0, 0.5, math.nan, 0.25]
+    """No numbers, equal ones, and bounds out of order, of which the lower wins; a NaN has no sign, even in a z of 0; a
+    score that is too small for a number is +0, whatever its sign."""
+    one = [0.0, -0.0, 1.0, math.inf, math.nan, 1.5, -1.5, 1e-30]
+    other = [0.0, 2.0, -0.0, 1.0, 0.5, math.nan, 0.25, -1.4e-15]
     rows = [torch.tensor(one), torch.tensor(other)]
     rule = PcbRule(variant, clip=torch.tensor([bounds, (0.0, 1.0)]))  # type: ignore[arg-type]
     expected = ops.pcb_scores(None, rows, rule, backend="reference")
