@@ -253,7 +253,13 @@ MUTATIONS = [
     ),
     *in_file(
         "triton_kernels/pcb.py",
-        _pcb("pcb_apply[triton]", "many_rows", "rows_of_several_blocks", "a_nan_stays_in_its_element"),
+        _pcb(
+            "weights_multiply_last_and_shares_of_nan_carry_nothing",
+            "pcb_apply[triton]",
+            "many_rows",
+            "rows_of_several_blocks",
+            "a_nan_stays_in_its_element",
+        ),
         (
             "paper: scores below the threshold are dropped",
             "tl.where(score >= least, score, 0.0)",

@@ -218,6 +218,21 @@ def test_pcb_apply(backend: str, data: st.DataObject) -> None:
 
 @each_backend
 @each_variant
+def test_weights_multiply_last_and_shares_of_nan_carry_nothing(variant: str, backend: str) -> None:
+    rows = list(torch.randn(2, 300, generator=torch.Generator().manual_seed(4)))
+    rule = ops.pcb_rule(rows, density=0.5, variant=variant, backend="reference")
+    rows[0][3:6] = torch.tensor([0x7FC00005, -0x3FFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    scale, expected_scale = torch.empty(2, 2, 300)
+    expected = ops.pcb_apply(None, rows, [0.3, -1.1], rule, scale=expected_scale, backend="reference")
+    with only(backend, "pcb_apply"):
+        actual = ops.pcb_apply(None, rows, [0.3, -1.1], rule, scale=scale, backend=backend)
+    assert actual.dtype == torch.float32
+    assert_bitwise_equal(actual, expected)
+    assert_bitwise_equal(scale, expected_scale)
+
+
+@each_backend
+@each_variant
 @pytest.mark.parametrize("n", [8, 16, 90])
 def test_many_rows(variant: str, n: int, backend: str) -> None:
     if backend == "triton":

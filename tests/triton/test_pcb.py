@@ -131,6 +131,13 @@ def test_windows_that_end_next_to_a_key_with_just_enough_room_for_those_between(
         found, missing = pcb._among_collected([(None, rows)], rule, ranks, window, 10, highest)
         assert not missing
         assert_bitwise_equal(found, ops.score_keys(scores)[:, rank - 1])
+    ends = torch.stack([ordered[:, 19], ordered[:, 10]], dim=1)
+    for rank in (10, 11, 20, 21):
+        ranks, highest = torch.full((2,), rank), torch.zeros(2, dtype=torch.int64)
+        found, missing = pcb._among_collected([(None, rows)], rule, ranks, ends, 8, highest)
+        inside = 11 <= rank <= 20
+        assert missing == (0 if inside else 2)
+        assert_bitwise_equal(found, ops.score_keys(scores)[:, rank - 1] if inside else torch.full((2,), -1))
 
 
 def test_nobody_waits_for_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
