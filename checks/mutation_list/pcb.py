@@ -293,11 +293,6 @@ MUTATIONS = [
         ),
         ("the smallest divisor", "tl.where(divisor < SMALLEST_DIVISOR, SMALLEST_DIVISOR, divisor)", "divisor"),
         (
-            "a divisor that is NaN stays",
-            "tl.where(divisor < SMALLEST_DIVISOR, SMALLEST_DIVISOR, divisor)",
-            "tl.where(divisor >= SMALLEST_DIVISOR, divisor, SMALLEST_DIVISOR)",
-        ),
-        (
             "the merge is put on the base",
             "            merged = based + merged\n",
             "            merged = merged + 0.0 * based\n",
