@@ -13,7 +13,13 @@ def _pcb(*tests: str) -> tuple[str, ...]:
 MUTATIONS = [
     *in_file(
         "triton_kernels/pcb.py",
-        _pcb("pcb_scores[triton]", "many_rows", "rows_of_several_blocks", "pcb_merge[triton]"),
+        _pcb(
+            "scores_of_special_numbers_between_special_bounds",
+            "pcb_scores[triton]",
+            "many_rows",
+            "rows_of_several_blocks",
+            "pcb_merge[triton]",
+        ),
         (
             "the lower bound of a clip wins",
             "tl.where(x < low, low, tl.where(x > high, high, x))",
@@ -247,7 +253,13 @@ MUTATIONS = [
     ),
     *in_file(
         "triton_kernels/pcb.py",
-        _pcb("pcb_apply[triton]", "many_rows", "rows_of_several_blocks", "a_nan_stays_in_its_element"),
+        _pcb(
+            "weights_multiply_last_and_shares_of_nan_carry_nothing",
+            "pcb_apply[triton]",
+            "many_rows",
+            "rows_of_several_blocks",
+            "a_nan_stays_in_its_element",
+        ),
         (
             "paper: scores below the threshold are dropped",
             "tl.where(score >= least, score, 0.0)",
@@ -281,11 +293,6 @@ MUTATIONS = [
         ),
         ("the smallest divisor", "tl.where(divisor < SMALLEST_DIVISOR, SMALLEST_DIVISOR, divisor)", "divisor"),
         (
-            "a divisor that is NaN stays",
-            "tl.where(divisor < SMALLEST_DIVISOR, SMALLEST_DIVISOR, divisor)",
-            "tl.where(divisor >= SMALLEST_DIVISOR, divisor, SMALLEST_DIVISOR)",
-        ),
-        (
             "the merge is put on the base",
             "            merged = based + merged\n",
             "            merged = merged + 0.0 * based\n",
@@ -295,7 +302,7 @@ MUTATIONS = [
         "csrc/cuda/scores.h",
         (
             "tests/cuda/test_pcb.py",
-            "tests/ops/test_pcb.py::test_scores_of_zeros_between_bounds_that_are_no_numbers",
+            "tests/ops/test_pcb.py::test_scores_of_special_numbers_between_special_bounds",
         ),
         (
             "pairs are taken from both sides",

@@ -70,11 +70,17 @@ def test_pcb_scores(backend: str, data: st.DataObject) -> None:
 
 @each_backend
 @pytest.mark.parametrize("variant", VARIANTS[:-1])
-@pytest.mark.parametrize("bounds", [(math.inf, math.inf), (0.0, math.inf), (math.nan, 1.0), (0.5, 0.5)])
-def test_scores_of_zeros_between_bounds_that_are_no_numbers(
+@pytest.mark.parametrize(
+    "bounds", [(math.inf, math.inf), (0.0, math.inf), (math.nan, 1.0), (0.5, 0.5), (2.0, 1.0), (0.0, 1.0)]
+)
+def test_scores_of_special_numbers_between_special_bounds(
     backend: str, variant: str, bounds: tuple[float, float]
 ) -> None:
-    rows = [torch.tensor([0.0, -0.0, 1.0, math.inf]), torch.tensor([0.0, 2.0, -0.0, 1.0])]
+    """No numbers, equal ones, and bounds out of order, of which the lower wins; a NaN has no sign, even in a z of 0; a
+    score that is too small for a number is +0, whatever its sign."""
+    one = [0.0, -0.0, 1.0, math.inf, math.nan, 1.5, -1.5, 1e-30]
+    other = [0.0, 2.0, -0.0, 1.0, 0.5, math.nan, 0.25, -1.4e-15]
+    rows = [torch.tensor(one), torch.tensor(other)]
     rule = PcbRule(variant, clip=torch.tensor([bounds, (0.0, 1.0)]))  # type: ignore[arg-type]
     expected = ops.pcb_scores(None, rows, rule, backend="reference")
     with only(backend, "pcb_scores"):
@@ -208,6 +214,21 @@ def test_pcb_apply(backend: str, data: st.DataObject) -> None:
         assert_bitwise_equal(scale, expected_scale)
     untouched[shift : shift + models.numel] = out.reshape(-1)
     assert_bitwise_equal(guarded, untouched)
+
+
+@each_backend
+@each_variant
+def test_weights_multiply_last_and_shares_of_nan_carry_nothing(variant: str, backend: str) -> None:
+    rows = list(torch.randn(2, 300, generator=torch.Generator().manual_seed(4)))
+    rule = ops.pcb_rule(rows, density=0.5, variant=variant, backend="reference")
+    rows[0][3:6] = torch.tensor([0x7FC00005, -0x3FFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    scale, expected_scale = torch.empty(2, 2, 300)
+    expected = ops.pcb_apply(None, rows, [0.3, -1.1], rule, scale=expected_scale, backend="reference")
+    with only(backend, "pcb_apply"):
+        actual = ops.pcb_apply(None, rows, [0.3, -1.1], rule, scale=scale, backend=backend)
+    assert actual.dtype == torch.float32
+    assert_bitwise_equal(actual, expected)
+    assert_bitwise_equal(scale, expected_scale)
 
 
 @each_backend

@@ -118,6 +118,28 @@ def test_keys_at_ranks_of_whole_rows(
         assert missing[0] == n
 
 
+def test_windows_that_end_next_to_a_key_with_just_enough_room_for_those_between() -> None:
+    rows = [torch.linspace(-1, 2, 500), torch.linspace(3, -1, 500)]
+    rule = ops.pcb_rule(rows, backend="reference")
+    scores = reference.pcb_scores(None, rows, rule).sort(dim=1, descending=True).values
+    assert (scores[:, 9:21].diff() < 0).all()
+    bits = scores.view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    window = torch.stack([ordered[:, 19] - 1, ordered[:, 10] + 1], dim=1)
+    for rank in (11, 12, 19, 20):
+        ranks, highest = torch.full((2,), rank), torch.zeros(2, dtype=torch.int64)
+        found, missing = pcb._among_collected([(None, rows)], rule, ranks, window, 10, highest)
+        assert not missing
+        assert_bitwise_equal(found, ops.score_keys(scores)[:, rank - 1])
+    ends = torch.stack([ordered[:, 19], ordered[:, 10]], dim=1)
+    for rank in (10, 11, 20, 21):
+        ranks, highest = torch.full((2,), rank), torch.zeros(2, dtype=torch.int64)
+        found, missing = pcb._among_collected([(None, rows)], rule, ranks, ends, 8, highest)
+        inside = 11 <= rank <= 20
+        assert missing == (0 if inside else 2)
+        assert_bitwise_equal(found, ops.score_keys(scores)[:, rank - 1] if inside else torch.full((2,), -1))
+
+
 def test_nobody_waits_for_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """No number of the GPU is asked for on the host."""
     monkeypatch.setattr(pcb, "_SORTED", 0)
