@@ -6,13 +6,15 @@ they cannot be built. Whether a GPU is there does not matter: nvcc is enough.
 
 Each family of kernels for CPUs is compiled once per instruction set and the fastest one is chosen at run time, so a
 wheel runs on any machine of its architecture. Those for GPUs are compiled for the architectures in ARCHITECTURES, or in
-FASTMERGE_CUDA_ARCHITECTURES ("90a", "80,90a"). FASTMERGE_CUDA_EMULATED=1 also builds them for an emulator on the CPU,
+FASTMERGE_CUDA_ARCHITECTURES ("90a", "80,90a"). FASTMERGE_CXXFLAGS has the last word to the C++ compiler ("-O0 -g").
+FASTMERGE_CUDA_EMULATED=1 also builds them for an emulator on the CPU,
 which the tests use.
 """
 
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -183,7 +185,7 @@ class BuildKernels(build_ext):
             output_dir=str(Path(self.build_temp) / folder),
             macros=defines,
             include_dirs=[*include, *self.compiler.include_dirs],
-            extra_postargs=[*COMMON_FLAGS, *flags],
+            extra_postargs=[*COMMON_FLAGS, *flags, *shlex.split(os.environ.get("FASTMERGE_CXXFLAGS", ""))],
             depends=ext.depends,
         )
         return made

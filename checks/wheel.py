@@ -54,11 +54,16 @@ print(fastmerge.__file__)
 """
 
 
-def problems(variant: str, *, root: Path = ROOT, out: Path | None = None, architectures: str = "") -> list[str]:
-    """Build a wheel, install it into an empty environment and use it there; what is wrong. out: where it is kept."""
+def problems(
+    variant: str, *, root: Path = ROOT, out: Path | None = None, architectures: str = "", flags: str = ""
+) -> list[str]:
+    """Build a wheel, install it into an empty environment and use it there; what is wrong. out: where it is kept.
+
+    architectures, flags: as in `build`.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        wheel = build(folder, variant, root=root, architectures=architectures)
+        wheel = build(folder, variant, root=root, architectures=architectures, flags=flags)
         python = environment(folder / "env", wheel)
         empty = folder / "empty"
         empty.mkdir()
@@ -71,10 +76,11 @@ def problems(variant: str, *, root: Path = ROOT, out: Path | None = None, archit
         return found
 
 
-def build(folder: Path, variant: str, *, root: Path = ROOT, architectures: str = "") -> Path:
+def build(folder: Path, variant: str, *, root: Path = ROOT, architectures: str = "", flags: str = "") -> Path:
     """The wheel of a copy of the sources: a build in the repository could pick up what an earlier one left.
 
-    architectures: for which GPUs, as FASTMERGE_CUDA_ARCHITECTURES has it; by default all.
+    architectures: for which GPUs, as FASTMERGE_CUDA_ARCHITECTURES has it; by default all. flags: further ones for the
+    C++ compiler, as FASTMERGE_CXXFLAGS has them.
 
     Raises:
         RuntimeError: the build failed.
@@ -87,7 +93,8 @@ def build(folder: Path, variant: str, *, root: Path = ROOT, architectures: str =
             shutil.copytree(path, sources / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         elif path.exists():
             shutil.copy(path, sources)
-    switches = SWITCHES[variant] | ({"FASTMERGE_CUDA_ARCHITECTURES": architectures} if architectures else {})
+    given = {"FASTMERGE_CUDA_ARCHITECTURES": architectures, "FASTMERGE_CXXFLAGS": flags}
+    switches = SWITCHES[variant] | {name: value for name, value in given.items() if value}
     command = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, sources]
     _run([sys.executable, "-m", "pip", *command], cwd=folder, **switches)
     (wheel,) = folder.glob("fastmerge-*.whl")

@@ -135,7 +135,7 @@ class GeometricMethod(Method):
                 term = (value if based is None else value - based) * factor
                 mixed = term if mixed is None else mixed.add_(term)
             assert mixed is not None
-            mixed = mixed if based is None else based.add_(mixed)
+            mixed = mixed if based is None else mixed.add_(based)
             # Rounded, and NaN made the one without a payload, as in every output.
             combine(None, [mixed.view(-1)], [1.0], out[here], context.backend)
 

@@ -115,7 +115,7 @@ def parameters_of(model: type[Parameters]) -> dict[str, Parameter]:
         found[name] = Parameter(
             name=name,
             python_name=python_name,
-            kind=str if choices else next((kind for kind in (bool, int, str) if annotation is kind), float),
+            kind=str if choices else _kind(annotation),
             per_model=is_per_model,
             default=extra.get("default_each", REQUIRED) if is_per_model else _default(field),
             minimum=next((limit.ge for limit in limits if getattr(limit, "ge", None) is not None), None),
@@ -124,6 +124,11 @@ def parameters_of(model: type[Parameters]) -> dict[str, Parameter]:
             choices=choices,
         )
     return found
+
+
+def _kind(annotation: Any) -> type:
+    """What a parameter's values are: numbers unless its annotation says otherwise."""
+    return annotation if annotation in (bool, int, str) else float
 
 
 def _default(field: FieldInfo) -> Any:

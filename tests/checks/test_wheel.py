@@ -12,4 +12,5 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("variant", ["cpu", "plain"])
 def test_the_wheel_works_from_an_empty_folder(variant):
-    assert wheel.problems(variant) == []
+    """Of unoptimised kernels, which take a third of the time to compile and give the same bits."""
+    assert wheel.problems(variant, flags="-O0") == []

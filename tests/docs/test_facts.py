@@ -12,7 +12,6 @@ import torch
 from checks.layers import LAYERS
 from fastmerge import methods, ops
 from fastmerge.engine import config as config_module
-from fastmerge.methods.parameters import ELSEWHERE
 from fastmerge.reference import random
 from tests.docs.pages import PAGES, ROOT, RUN, blocks, prose
 
@@ -76,12 +75,6 @@ def test_the_table_of_methods_has_each_methods_defaults(name: str) -> None:
 def test_every_parameter_is_explained() -> None:
     explained = set(re.findall(r"^\| `(\w+)` \| (?:per model|once) \|", text("methods.md"), re.MULTILINE))
     assert explained == {parameter for name in methods.names() for parameter in methods.parameters(name)}
-
-
-def test_methods_of_mergekit_that_are_missing_are_said_to_be() -> None:
-    page = text("methods.md")
-    missing = {name for names in ELSEWHERE.values() for name in re.findall(r"\w+", names)} - {"and"}
-    assert [name for name in missing if f"`{name}`" not in page] == []
 
 
 def test_every_option_of_merge_is_documented() -> None:

@@ -8,9 +8,14 @@ import torch
 import fastmerge
 from fastmerge import methods
 from fastmerge.engine.at_once import merge_at_once
-from fastmerge.methods.base import MethodWithoutPeer, TensorContext
+from fastmerge.methods.base import TensorContext
+from tests.engine.small_family import knows_base, taken
+from tests.engine.test_same_bits import follows_peer
 
-GIVEN = {"density": 0.4, "scope": "tensor", "weight": 0.7, "gamma": 0.05, "epsilon": 0.1}
+GIVEN = {
+    **{"density": 0.4, "scope": "tensor", "weight": 0.7, "gamma": 0.05, "epsilon": 0.1},
+    **{"t": 0.3, "select_topk": 0.5, "filter_wise": True},
+}
 
 
 @pytest.mark.parametrize("numerics", ["fp32", "mergekit"])
@@ -19,10 +24,12 @@ GIVEN = {"density": 0.4, "scope": "tensor", "weight": 0.7, "gamma": 0.05, "epsil
 @pytest.mark.parametrize("name", methods.names())
 def test_a_tensor_by_itself_has_the_bits_of_a_whole_merge(name, shape, dtype, numerics):
     method = methods.get(name)
-    if numerics == "mergekit" and isinstance(method, MethodWithoutPeer):
+    if numerics == "mergekit" and not follows_peer(name):
         pytest.skip("there are no such numbers for it")
     generator = torch.Generator().manual_seed(3)
     base, *models = ((torch.randn(shape, generator=generator) * 0.1).to(dtype) for _ in range(3))
+    before = [base.clone(), *(model.clone() for model in models)]
+    models, labels = taken(name, models), taken(name, ["a", "b"])
     known = methods.parameters(name)
     given = {key: value for key, value in GIVEN.items() if key in known}
     if numerics == "mergekit" or name == "linear":
@@ -30,7 +37,7 @@ def test_a_tensor_by_itself_has_the_bits_of_a_whole_merge(name, shape, dtype, nu
     tensor = "model.layers.0.mlp.up_proj.weight"
     expected = fastmerge.merge(
         [{tensor: model} for model in models],
-        base={tensor: base} if method.needs_base else None,
+        base={tensor: base} if knows_base(name) else None,
         method=name,
         numerics=numerics,
         seed=9,
@@ -41,14 +48,15 @@ def test_a_tensor_by_itself_has_the_bits_of_a_whole_merge(name, shape, dtype, nu
     context = TensorContext(
         name=tensor,
         shape=shape,
-        parameters=methods.bind(method, shared, [each, each], tensor=tensor, labels=["a", "b"]),
-        positions=(0, 1),
+        parameters=methods.bind(method, shared, [each for _ in models], tensor=tensor, labels=labels),
+        positions=tuple(range(len(models))),
         compute=method.compute_dtype(dtype, numerics),
         numerics=numerics,
         seed=9,
     )
     out = torch.full(shape, float("nan"), dtype=dtype)
     strided = [torch.stack([model, model], dim=-1)[..., 0] for model in models]
-    result = merge_at_once(method, context, base if method.needs_base else None, strided, out)
+    result = merge_at_once(method, context, base if knows_base(name) else None, strided, out)
     assert result is out
     assert torch.equal(out, expected)
+    assert all(torch.equal(x, kept) for x, kept in zip([base, *models], before, strict=False))

@@ -202,6 +202,8 @@ def test_kept_masks(backend: str, data: st.DataObject) -> None:
 @each_backend
 @pytest.mark.parametrize(("rows", "length"), [(3, 70001), (40000, 5), (9, 16381)])
 def test_kept_masks_of_rows_that_end_within_a_byte(backend: str, rows: int, length: int) -> None:
+    if backend == "triton":
+        rows = min(rows, 4000 if length < 10 else 2)  # the interpreter takes as long as ten machines
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(rows, length, generator=generator).to(torch.bfloat16) for _ in range(2)]
     rule = SparsifyRule("della", None, None, [0.5, 1.0], [0.1, 0.1], length, 1, 2, [0, 1])

@@ -128,6 +128,7 @@ def merge_and_check(rows: Tensor, variant: str, density: float, weights: list[fl
     Expected(rows, variant, density, weights).check(merged, scale, error)
 
 
+@settings(max_examples=100)
 @given(
     kind=st.sampled_from(("normal", "heavy", "alike", "sparse", "tiny")),
     variant=st.sampled_from(VARIANTS),
