@@ -6,11 +6,13 @@ fastmerge runs as a whole process, start-up included, and alternates with the li
 of three in minutes, so only figures taken in turns can be compared. Each side runs after the previous output was
 removed, `sync` and a pause. Medians are reported. The peer, `mergekit-yaml`, runs once for each method (--peer).
 
-Every run is held against an independent computation of sampled tensors (independent.py). A row whose check is red
-reports no speed.
+Every run is held against an independent computation of sampled tensors: independent.py, bit by bit, or mergekit's own
+function in float64 for methods of other formulas. Whatever the memory budget, the digest must be the same. A row whose
+check is red reports no speed.
 
     python bench/end_to_end.py --peer --json bench/data/end_to_end.json
     python bench/end_to_end.py --methods ties --repeats 3 --pause 2
+    python bench/end_to_end.py --methods slerp sce ram --repeats 3    # by default the first five alone
     python bench/end_to_end.py --scale tiny --repeats 1 --pause 0       # a smoke test of the benchmark itself
 """
 
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +61,13 @@ class Case:
     weights: tuple[float, ...]
     limit_bar: float | None
     peer_bar: float | None
+    parameters: Mapping[str, object] = field(default_factory=dict)
+    count: int | None = None
+    """How many of the family's models are merged; None: all."""
+    base: bool = True
+    rounded: float | None = None
+    """None: outputs are compared with independent.py bit by bit. Otherwise with mergekit's function in float64: by how
+    many units in the last place (of the largest input there, in the output's dtype) a value may differ."""
 
     def weight(self, model: int) -> float:
         """The weight of the model at this place."""
@@ -68,9 +78,29 @@ CASES = {
     "ties": Case(0.5, (1.0, 0.7, 0.4), 1.5, 30.0),
     "dare_ties": Case(0.5, (0.5, 0.3, 0.2), 1.6, None),
     "task_arithmetic": Case(None, (0.5, 0.3, 0.2), 1.6, None),
-    "linear": Case(None, (0.5, 0.25, 0.25), 1.6, None),
+    "linear": Case(None, (0.5, 0.25, 0.25), 1.6, None, base=False),
     "della": Case(0.5, (1.0, 0.7, 0.4), None, 20.0),
 }
+
+OTHERS = {
+    "passthrough": Case(None, (), 1.6, None, {"scale": 0.5}, count=1, base=False, rounded=0.6),
+    "nearswap": Case(None, (), 1.6, None, {"t": 1e-4}, count=1, rounded=0.6),
+    "ram": Case(None, (), 1.6, None, {"epsilon": 1e-5}, rounded=0.6),
+    "ramplus_tl": Case(None, (), 2.0, None, {"epsilon": 1e-5, "r": 0.2, "alpha": 0.2}, rounded=0.6),
+    "slerp": Case(None, (), 2.0, None, {"t": 0.3}, count=1, rounded=0.6),
+    "nuslerp": Case(None, (1.0, 0.5), 2.0, None, count=2, base=False, rounded=0.6),
+    "multislerp": Case(None, (1.0, 0.7, 0.4), 2.0, None, rounded=0.6),
+    "karcher": Case(None, (), 2.0, None, base=False, rounded=0.6),
+    "model_stock": Case(None, (), 2.0, None, rounded=0.6),
+    "sce": Case(None, (), 2.0, None, {"select_topk": 0.5}, rounded=0.6),
+    "arcee_fusion": Case(None, (), 2.0, None, count=1, rounded=0.6),
+}
+"""Methods whose formula is another one."""
+
+CASES |= OTHERS
+
+OPEN = 2e-3
+"""The share of a tensor's values that may be anything where a method selects: rounding decides some of them."""
 
 
 @dataclass
@@ -135,20 +165,23 @@ def parse_size(text: str) -> int:
 
 def inputs(family: Family, method: str) -> list[Path]:
     """The folders that a merge by this method reads."""
-    return family.models if method == "linear" else family.folders
+    case = CASES[method]
+    return [*([family.base] if case.base else []), *family.models[: case.count]]
 
 
 def config(family: Family, method: str, dtype: str) -> dict[str, object]:
     """The merge as both tools read it."""
     case = CASES[method]
     models = []
-    for number, folder in enumerate(family.models):
-        parameters: dict[str, float] = {"weight": case.weight(number)}
+    for number, folder in enumerate(family.models[: case.count]):
+        parameters: dict[str, float] = {"weight": case.weight(number)} if case.weights else {}
         if case.density is not None:
             parameters["density"] = case.density
         models.append({"model": str(folder), "parameters": parameters})
     content: dict[str, object] = {"merge_method": method, "models": models, "dtype": dtype}
-    if method != "linear":
+    if case.parameters:
+        content["parameters"] = dict(case.parameters)
+    if case.base:
         content["base_model"] = str(family.base)
     return content
 
@@ -164,6 +197,11 @@ class Expectation:
         models = [_Folder(folder) for folder in family.models]
         self.shapes = base.shapes()
         self.dtype = DTYPES[dtype][0]
+        self.reach: dict[str, torch.Tensor] = {}
+        self.unit = case.rounded
+        if self.unit is not None:
+            self._ask_peer(case, method, base, models[: case.count], names or sample(self.shapes))
+            return
         self.tensors = {
             name: independent.expected_tensor(
                 method,
@@ -176,6 +214,36 @@ class Expectation:
             )
             for name in (names or sample(self.shapes))
         }
+
+    def _ask_peer(self, case: Case, method: str, base: _Folder, models: list[_Folder], names: list[str]) -> None:
+        """Ask mergekit's function in float64; tensors that would take it gigabytes are left to the tests of cuts."""
+        from peers import mergekit_functions
+
+        parameters = dict(case.parameters)
+        if case.weights:
+            parameters["weight"] = [case.weight(number) for number in range(len(models))]
+        self.tensors = {}
+        for name in names:
+            if math.prod(self.shapes[name]) >= LARGE:
+                continue
+            given = [one.read(name).double() for one in models]
+            below = base.read(name).double() if case.base else None
+            if below is not None and all(bool((one == below).all()) for one in given):
+                continue  # nothing was changed, which mergekit refuses for some methods
+            self.tensors[name] = mergekit_functions.merged(method, below, given, parameters)
+            everything = given if below is None else [below, *given]
+            self.reach[name] = largest(everything)
+
+    def _wrong(self, name: str, actual: torch.Tensor) -> int:
+        """How many values are wrong."""
+        expected = self.tensors[name]
+        if self.unit is None:
+            return int((actual != expected).sum())
+        import torch
+
+        allowed = self.unit * torch.finfo(actual.dtype).eps * self.reach[name] + 1e-30
+        wrong = int((~((actual.double() - expected).abs() <= allowed)).sum())
+        return wrong if wrong > 8 + OPEN * actual.numel() else 0
 
     def problems(self, out: Path) -> list[str]:
         """What is wrong with the merge in ``out``; empty when nothing is."""
@@ -191,16 +259,23 @@ class Expectation:
             for name, shape in self.shapes.items()
             if name in shapes and shapes[name] != shape
         ]
-        for name, expected in self.tensors.items():
+        for name in self.tensors:
             if found and shapes.get(name) != self.shapes[name]:
                 continue
             actual = folder.read(name)
-            if actual.dtype != expected.dtype:
-                found.append(f"{name} has dtype {actual.dtype}, not {expected.dtype}")
-            elif not bool((actual == expected).all()):
-                wrong = int((actual != expected).sum())
+            if actual.dtype != self.dtype:
+                found.append(f"{name} has dtype {actual.dtype}, not {self.dtype}")
+            elif wrong := self._wrong(name, actual):
                 found.append(f"{name}: {wrong} of {actual.numel()} values are wrong")
         return found
+
+
+def largest(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The largest magnitude at each place."""
+    found = tensors[0].abs()
+    for x in tensors[1:]:
+        found = found.maximum(x.abs())
+    return found
 
 
 class _Folder:
@@ -327,6 +402,7 @@ class Bench:
                 return row
             row.seconds.append(run.seconds)
             runs.append(run)
+        digests = {(report_of(run) or {}).get("digest") for run in runs}
         middle = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
         row.stages = report_of(middle)
         for budget in self.options.budgets:
@@ -335,6 +411,10 @@ class Bench:
             if not self._checked(run, row, expectation, f"budget {budget}"):
                 return row
             row.peak_bytes[budget] = run.peak_bytes
+            digests.add((report_of(run) or {}).get("digest"))
+        if len(digests) > 1:
+            row.problems.append(f"outputs within other budgets have other digests: {digests}")
+            return row
         if self.options.peer:
             self._peer(file, row)
         clean(self.out, 0)
@@ -401,7 +481,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=None, help="folder for outputs, on the disk to measure")
     parser.add_argument("--scale", choices=SCALES, default="full")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--methods", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--methods", nargs="+", choices=CASES, default=[name for name in CASES if name not in OTHERS])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--pause", type=float, default=8.0, help="seconds before each run")
     parser.add_argument("--budgets", nargs="*", default=["256MiB", "1GiB", "4GiB"], help="memory budgets for the peaks")

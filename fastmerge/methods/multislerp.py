@@ -57,7 +57,7 @@ class Multislerp(GeometricMethod):
             )
 
     def coefficients(self, context: TensorContext, gram: Tensor) -> Tensor:
-        """A single model is taken as it is; of two that cancel, the weighted sum."""
+        """A single model is taken as it is; of two that cancel, the weighted sum. Where nothing was changed, the base."""
         parameters: Any = context.parameters
         inner = numbers(gram)
         count = len(inner)
@@ -68,6 +68,8 @@ class Multislerp(GeometricMethod):
             total = sum(weights)
             weights = [weight / total for weight in weights]
         norms = [root(inner[i][i]) for i in range(count)]
+        if not any(norms):
+            return column([0.0] * count)
         # The coefficients of the mean of directions.
         mean = [
             weight / (norm + parameters.eps) if norm + parameters.eps > 0 else 0.0

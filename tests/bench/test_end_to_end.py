@@ -85,7 +85,23 @@ def test_the_base_in_place_of_the_merge_is_found(expectation, family):
     assert expectation.problems(family.base) != []
 
 
-@pytest.mark.parametrize("method", ["ties", "dare_ties", "task_arithmetic", "linear", "della"])
+def test_what_mergekits_function_gives_is_held_within_a_rounding(family, tmp_path):
+    pytest.importorskip("mergekit", reason="no mergekit (the extra `peers`)")
+    from end_to_end import Expectation
+
+    expectation = Expectation(family, "nearswap", "bfloat16")
+    right = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in expectation.shapes.items()}
+    for name, x in expectation.tensors.items():
+        right[name].copy_(x)
+    assert len(expectation.tensors) > 5 and expectation.problems(save(right, tmp_path)) == []
+    name = max(expectation.tensors, key=lambda each: right[each].numel())
+    right[name].view(torch.int16)[:] += 2
+    (problem,) = expectation.problems(save(right, tmp_path))
+    assert name in problem
+    assert expectation.problems(family.base) != []
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "task_arithmetic", "linear", "della", "nuslerp"])
 def test_the_benchmark_runs_through_on_a_tiny_family_and_its_rows_are_green(method, tmp_path, capsys):
     from end_to_end import main
 

@@ -285,6 +285,9 @@ def test_multislerp_of_vectors_that_vanish_coincide_or_cancel() -> None:
     assert near(merged("multislerp", [ZERO, RAMP, -3 * RAMP], weight=[0.5, 0.5]), -RAMP)
     with pytest.raises(MergeError, match=rf"directions of {NAME} cancel out"):
         merged("multislerp", [ZERO, RAMP, -3 * RAMP, ZERO], weight=[1.0, 1.0, 1.0])
+    # A tensor that no model changed, which mergekit refuses, stays the base.
+    assert_bitwise_equal(merged("multislerp", [RAMP, RAMP, RAMP, RAMP], weight=[1.0, 0.7, 0.4]), RAMP)
+    assert_bitwise_equal(merged("multislerp", [RAMP, RAMP, RAMP], weight=1.0, eps=0.0), RAMP)
     one = drawn(1, (33,), torch.float32)
     assert_bitwise_equal(merged("multislerp", one, weight=0.3), one[1])
     with pytest.raises(ArgumentError, match=r"add up to 0.*normalize_weights: false"):
