@@ -108,7 +108,7 @@ def _match(name: str, base: Source | None, models: Sequence[Source], excluded: b
                 )
         return Match(name, "copy" if excluded else "same", None, tuple(present))
     if excluded:
-        return Match(name, "copy", None, (Input(sources[0], _present(sources[0], found[0], name, sources[1].ref)),))
+        return Match(name, "copy", None, (Input(sources[0], _present(sources[0], found[0], name, sources[-1].ref)),))
 
     inputs = []
     for source, info in zip(sources, found, strict=True):

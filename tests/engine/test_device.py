@@ -92,7 +92,7 @@ def merged_on(device: FakeDevice, case: str, paths: list[Path], out: Path, **arg
 
 
 @pytest.mark.parametrize("case", CASES)
-@settings(max_examples=12)
+@settings(max_examples=5)
 @given(
     seed=st.integers(0, 1 << 30),
     haste=st.sampled_from([0.0, 0.3, 0.7, 1.0]),

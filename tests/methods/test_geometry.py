@@ -409,7 +409,7 @@ def test_parameters_that_cannot_be_used() -> None:
         ("nuslerp", three, {}, r"nuslerp needs weight for models\[0\]"),
         ("slerp", two, {"t": 0.5, "base": None}, "slerp needs a base, and no base is given"),
         ("ties", three, {"weight": 1.0, "filter_wise": True}, "belongs to model_stock"),
-        ("ties", three, {"weight": 1.0, "t": 1}, "belongs to nearswap, slerp"),
+        ("ties", three, {"weight": 1.0, "t": 1}, "belongs to slerp, nearswap"),
     ]:
         with pytest.raises(ArgumentError, match=sentence):
             merged(method, tensors, **given)

@@ -106,7 +106,7 @@ def test_a_misspelt_parameter_gets_the_near_one() -> None:
 
 def test_a_parameter_of_another_method_is_said_to_be_that() -> None:
     assert "belongs to breadcrumbs, breadcrumbs_ties" in refused(method="ties", gamma=0.1)
-    assert "belongs to nearswap, slerp" in refused(method="ties", t=0.1)
+    assert "belongs to slerp, nearswap" in refused(method="ties", t=0.1)
     assert "it has weight" in refused(method="ties", zzz=0.1)
 
 
