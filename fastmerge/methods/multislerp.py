@@ -57,7 +57,7 @@ class Multislerp(GeometricMethod):
             )
 
     def coefficients(self, context: TensorContext, gram: Tensor) -> Tensor:
-        """A single model is taken as it is; of two that cancel, the weighted sum. Where nothing was changed, the base."""
+        """A single model is taken as it is; of two that cancel, the weighted sum; where nothing changed, the base."""
         parameters: Any = context.parameters
         inner = numbers(gram)
         count = len(inner)
