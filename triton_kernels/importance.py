@@ -1,0 +1,340 @@
+"""How much each place matters, and the merges that follow from it: `fastmerge/reference/importance.py` in Triton.
+
+Up to eight models come by value (`xs`), are loaded together and read once. More come as a table (`xs` is empty), with
+two numbers for each: its address, and the bits of its factor. What is added up over the models begins with -0, to which
+adding is exact for every value.
+
+Rows are added up by halves. A row of up to LONGEST elements is a tile, in registers, and -0 stands behind its end. In
+longer ones a tile's element and the one half a row further on are added first, and what that leaves is halved in
+memory, until it is one tile.
+"""
+
+import triton
+import triton.language as tl
+
+from . import exact, functions, numbers, sparsify, tables
+
+SMALLEST_DISTANCE = tl.constexpr(float.fromhex("0x1.0c6f7ap-20"))  # 1e-6 as float32
+SMALLEST_SHARE = tl.constexpr(float.fromhex("0x1.5798eep-27"))  # 1e-8
+NEAR = tl.constexpr(0.25)
+
+LANE = tl.constexpr(8)
+"""Neighbours whose counts are added up before anything else is: those that a thread has loaded."""
+
+BELOW = tl.constexpr(35)
+"""Binades below a window of `exact` that a second window has: squares differ twice as much as what is squared."""
+
+
+@triton.jit
+def magnitude(x):
+    """|x|, by its bits."""
+    return (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def minus_zeros(like):
+    """As many -0 as there are numbers."""
+    return tl.zeros_like(like) * -1.0
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def deltas(based, xs, start, n, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """A tile of the deltas of all models that come by value; +0 from `n` on."""
+    # All loads before the first use, so that they are under way together.
+    loaded = ()
+    for i in tl.static_range(len(xs)):
+        loaded = loaded + (sparsify.raw(xs[i], start, n, BLOCK, WHOLE),)
+    rows = ()
+    for i in tl.static_range(len(xs)):
+        rows = rows + (numbers.widen(loaded[i]) - based,)
+    return rows
+
+
+@triton.jit
+def listed_delta(
+    based, listed, i, start, n, BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr
+):
+    """The same of model i of a table."""
+    x = sparsify.aligned(tables.address_of(tl.load(listed + 2 * i), DTYPE, False), ALIGN)
+    return numbers.loaded(x, start, n, BLOCK, WHOLE) - based
+
+
+@triton.jit
+def changed(delta, epsilon):
+    """Where a delta takes part: it is further from 0 than epsilon. NaN is, too."""
+    return (magnitude(delta) <= epsilon) == 0
+
+
+# -- NearSwap ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def nearswap_tile(base, x, out, t, start, n, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """A tile of w x + (1 - w) base."""
+    own = sparsify.raw(x, start, n, BLOCK, WHOLE)
+    based = numbers.loaded(base, start, n, BLOCK, WHOLE)
+    own = numbers.widen(own)
+    distance = magnitude(based - own)
+    nearest = tl.where(distance < SMALLEST_DISTANCE, SMALLEST_DISTANCE, distance)
+    weight = tl.div_rn(tl.zeros_like(nearest) + t, nearest)
+    weight = tl.where(weight < 0.0, 0.0, tl.where(weight > 1.0, 1.0, weight))
+    numbers.stored(out, start, n, weight * own + (1.0 - weight) * based, BLOCK, WHOLE)
+
+
+@triton.jit(do_not_specialize=["n"])
+def nearswap(base, x, out, t: "fp32", n: "i64", BLOCK: tl.constexpr):
+    """The merge of one model, to out."""
+    n = n.to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    if start + BLOCK <= n:
+        nearswap_tile(base, x, out, t, start, n, BLOCK, True)
+    else:
+        nearswap_tile(base, x, out, t, start, n, BLOCK, False)
+
+
+# -- RAM ---------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def with_part(count, total, factor, delta, own, epsilon):
+    """How many take part, the sum of their deltas, and that of their factors, with one more model."""
+    part = changed(delta, epsilon)
+    count = count + tl.where(part, 1.0, 0.0)
+    total = total + tl.where(part, delta, 0.0)
+    return count, total, factor + tl.where(part, own, 0.0)
+
+
+@triton.jit
+def ram_tile(
+    base, xs, factors, listed, models, out, epsilon, start, n,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A tile of the merge."""
+    based = numbers.loaded(base, start, n, BLOCK, WHOLE)
+    count = minus_zeros(based)
+    total = count
+    factor = count
+    if len(xs) > 0:
+        rows = deltas(based, xs, start, n, BLOCK, WHOLE)
+        for i in tl.static_range(len(xs)):
+            count, total, factor = with_part(count, total, factor, rows[i], factors[i], epsilon)
+    else:
+        for i in range(models):
+            delta = listed_delta(based, listed, i, start, n, BLOCK, WHOLE, ALIGN, DTYPE)
+            own = tables.float_of(tl.load(listed + 2 * i + 1))
+            count, total, factor = with_part(count, total, factor, delta, own, epsilon)
+    # Where a model is alone, the sum of the factors is its own.
+    mean = tl.div_rn(total, tl.where(count < 1.0, 1.0, count))
+    mixed = tl.where(count == 1.0, total * factor, mean)
+    numbers.stored(out, start, n, based + mixed, BLOCK, WHOLE)
+
+
+@triton.jit(do_not_specialize=["models", "n"])
+def ram_apply(
+    base, xs, factors, listed, models: "i64", out, epsilon: "fp32", n: "i64",
+    BLOCK: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The merge of any number of models, to out. factors: as many numbers as xs has models."""
+    models = models.to(tl.int64)
+    n = n.to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    if start + BLOCK <= n:
+        ram_tile(base, xs, factors, listed, models, out, epsilon, start, n, BLOCK, True, ALIGN, DTYPE)
+    else:
+        ram_tile(base, xs, factors, listed, models, out, epsilon, start, n, BLOCK, False, ALIGN, DTYPE)
+
+
+@triton.jit
+def by_lanes(flags):
+    """How many of each LANE neighbours are set: int32."""
+    return tl.sum(tl.reshape(flags.to(tl.int32), (flags.shape[0] // LANE, LANE)), axis=1)
+
+
+@triton.jit
+def parts_of(rows, epsilon):
+    """Where each delta takes part, and how many do: int32."""
+    parts = ()
+    count = tl.zeros_like(rows[0]).to(tl.int32)
+    for i in tl.static_range(len(rows)):
+        part = changed(rows[i], epsilon)
+        parts = parts + (part,)
+        count += part.to(tl.int32)
+    return parts, count
+
+
+@triton.jit
+def counted(state, parts, count):
+    """Counts so far, two for each model, with those of a tile: where it takes part with others, and where alone."""
+    result = ()
+    for i in tl.static_range(len(parts)):
+        shared = state[2 * i] + by_lanes(parts[i] & (count > 1))
+        alone = state[2 * i + 1] + by_lanes(parts[i] & (count == 1))
+        result = result + (shared, alone)
+    return result
+
+
+@triton.jit
+def add_count(counts, number):
+    """Add a number that is often 0."""
+    tl.atomic_add(counts, number.to(tl.int64), mask=number > 0, sem="relaxed")
+
+
+@triton.jit
+def count_listed(
+    base, listed, models, counts, epsilon, start, n,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Add a tile's counts of all models of a table, which are loaded twice: the second time from the cache."""
+    based = numbers.loaded(base, start, n, BLOCK, WHOLE)
+    count = tl.zeros((BLOCK,), tl.int32)
+    for i in range(models):
+        delta = listed_delta(based, listed, i, start, n, BLOCK, WHOLE, ALIGN, DTYPE)
+        count += changed(delta, epsilon).to(tl.int32)
+    for i in range(models):
+        part = changed(listed_delta(based, listed, i, start, n, BLOCK, WHOLE, ALIGN, DTYPE), epsilon)
+        add_count(counts + 2 * i, tl.sum((part & (count > 1)).to(tl.int32), axis=0))
+        add_count(counts + 2 * i + 1, tl.sum((part & (count == 1)).to(tl.int32), axis=0))
+
+
+@triton.jit(do_not_specialize=["models", "n"])
+def ram_counts(
+    base, xs, listed, models: "i64", counts, epsilon: "fp32", n: "i64",
+    SPAN: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """counts: int64[models, 2], added to: where each model takes part with others, and where alone."""
+    models = models.to(tl.int64)
+    n = n.to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * SPAN
+    end = tl.minimum(start + SPAN, n)
+    whole = start + (end - start) // BLOCK * BLOCK
+    if len(xs) > 0:
+        state = ()
+        for _ in tl.static_range(2 * len(xs)):
+            state = state + (tl.zeros((BLOCK // LANE,), tl.int32),)
+        for at in range(start, whole, BLOCK):
+            based = numbers.loaded(base, at, n, BLOCK, True)
+            parts, count = parts_of(deltas(based, xs, at, n, BLOCK, True), epsilon)
+            state = counted(state, parts, count)
+        if whole < end:
+            # Past the end all deltas are 0, and none takes part.
+            based = numbers.loaded(base, whole, n, BLOCK, False)
+            parts, count = parts_of(deltas(based, xs, whole, n, BLOCK, False), epsilon)
+            state = counted(state, parts, count)
+        for i in tl.static_range(2 * len(xs)):
+            add_count(counts + i, tl.sum(state[i], axis=0))
+    else:
+        for at in range(start, whole, BLOCK):
+            count_listed(base, listed, models, counts, epsilon, at, n, BLOCK, True, ALIGN, DTYPE)
+        if whole < end:
+            count_listed(base, listed, models, counts, epsilon, whole, n, BLOCK, False, ALIGN, DTYPE)
+
+
+# -- variances ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def variance_tile(
+    base, xs, listed, models, out, start, n,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A tile of the variances: deltas are taken about the first one."""
+    based = numbers.loaded(base, start, n, BLOCK, WHOLE)
+    number = tl.zeros_like(based) + models.to(tl.float32)
+    mean = minus_zeros(based)
+    spread = mean
+    if len(xs) > 0:
+        rows = deltas(based, xs, start, n, BLOCK, WHOLE)
+        for i in tl.static_range(len(xs)):
+            mean = mean + (rows[i] - rows[0])
+        mean = tl.div_rn(mean, number)
+        for i in tl.static_range(len(xs)):
+            apart = (rows[i] - rows[0]) - mean
+            spread = spread + apart * apart
+    else:
+        first = listed_delta(based, listed, 0, start, n, BLOCK, WHOLE, ALIGN, DTYPE)
+        for i in range(models):
+            mean = mean + (listed_delta(based, listed, i, start, n, BLOCK, WHOLE, ALIGN, DTYPE) - first)
+        mean = tl.div_rn(mean, number)
+        for i in range(models):
+            apart = (listed_delta(based, listed, i, start, n, BLOCK, WHOLE, ALIGN, DTYPE) - first) - mean
+            spread = spread + apart * apart
+    numbers.stored(out, start, n, tl.div_rn(spread, number), BLOCK, WHOLE)
+
+
+@triton.jit(do_not_specialize=["models", "n"])
+def model_variance(
+    base, xs, listed, models: "i64", out, n: "i64", BLOCK: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr
+):
+    """The variance over the models of each element, to out: float32."""
+    models = models.to(tl.int64)
+    n = n.to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    if start + BLOCK <= n:
+        variance_tile(base, xs, listed, models, out, start, n, BLOCK, True, ALIGN, DTYPE)
+    else:
+        variance_tile(base, xs, listed, models, out, start, n, BLOCK, False, ALIGN, DTYPE)
+
+
+# -- energies ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def square_tile(base, x, mask, start, n, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """Mantissas and places of the squares of a tile of a model's delta; mantissa 0 where the mask keeps nothing."""
+    delta = sparsify.delta_of(base, x, start, n, True, numbers.FLOAT32, BLOCK, WHOLE)
+    mantissa, place = exact.parts(delta * delta)
+    if mask is not None:
+        mantissa = tl.where(sparsify.masked(mask, start, n, BLOCK, WHOLE), mantissa, 0)
+    return mantissa, place
+
+
+@triton.jit(do_not_specialize=["models", "n"])
+def add_energies(
+    base, listed, models: "i64", sums, mask, n: "i64",
+    SPAN: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Add the squares of the listed models' deltas to sums: int64[rows, COPIES, ROW].
+
+    listed: as of `sparsify.mine`. mask: a bit for each element, or None. As `exact.add_l1`, with a second window of
+    binades below the first.
+    """
+    models = models.to(tl.int64)
+    n = n.to(tl.int64)
+    start, _, x, _, model = sparsify.mine(listed, models, SPAN, DTYPE, ALIGN)
+    base = sparsify.aligned(base, ALIGN)
+    end = tl.minimum(start + SPAN, n)
+    words = tl.zeros((exact.ROW,), tl.int64)
+    plain = start + SPAN <= n
+    if plain:
+        unit = tl.full((), -1, tl.int32)
+        slots = tl.zeros((BLOCK,), tl.int64)
+        low_slots = tl.zeros((BLOCK,), tl.int64)
+        odd = tl.zeros((BLOCK,), tl.int32)
+        for at in range(start, end, BLOCK):
+            mantissa, place = square_tile(base, x, mask, at, n, BLOCK, True)
+            if unit < 0:
+                unit = tl.maximum(tl.max(place, axis=0) - (exact.WINDOW - exact.ABOVE), 0)
+            low_unit = tl.maximum(unit - BELOW, 0)
+            # Unsigned, a negative shift is too large as well.
+            shift = place - unit
+            fits = shift.to(tl.uint32, bitcast=True) <= exact.WINDOW
+            low_shift = place - low_unit
+            fits_low = (fits == 0) & (low_shift.to(tl.uint32, bitcast=True) <= exact.WINDOW)
+            odd = odd | tl.where(fits | fits_low, 0, mantissa)
+            mass = mantissa.to(tl.int64) << tl.where(fits, shift, tl.where(fits_low, low_shift, 0)).to(tl.int64)
+            slots += tl.where(fits, mass, 0)
+            low_slots += tl.where(fits_low, mass, 0)
+        plain = tl.max(odd, axis=0) == 0
+        if plain:
+            words = exact.in_limbs(slots, unit) + exact.in_limbs(low_slots, tl.maximum(unit - BELOW, 0))
+    if plain == 0:
+        for at in range(start, end, BLOCK):
+            mantissa, place = square_tile(base, x, mask, at, n, BLOCK, False)
+            more, _ = exact.by_limb(mantissa, mantissa, place)
+            words += more
+    copy = (start // SPAN) % exact.COPIES
+    row = sums + (model * exact.COPIES + copy) * exact.ROW + tl.arange(0, exact.ROW)
+    tl.atomic_add(row, words, mask=words != 0, sem="relaxed")
