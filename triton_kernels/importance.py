@@ -4,7 +4,7 @@ Up to eight models come by value (`xs`), are loaded together and read once. More
 two numbers for each: its address, and the bits of its factor. What is added up over the models begins with -0, to which
 adding is exact for every value.
 
-Rows are added up by halves. A row of up to LONGEST elements is a tile, in registers, and -0 stands behind its end. In
+Rows are added up by halves. A row of up to WIDTH elements is a tile, in registers, and -0 stands behind its end. In
 longer ones a tile's element and the one half a row further on are added first, and what that leaves is halved in
 memory, until it is one tile.
 """
@@ -338,3 +338,177 @@ def add_energies(
     copy = (start // SPAN) % exact.COPIES
     row = sums + (model * exact.COPIES + copy) * exact.ROW + tl.arange(0, exact.ROW)
     tl.atomic_add(row, words, mask=words != 0, sem="relaxed")
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def halved(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, HALVINGS: tl.constexpr):
+    """The upper half of each row of [ROWS, WIDTH] is added to the lower half, until one is left: float32[ROWS]."""
+    for i in tl.static_range(HALVINGS):
+        x = tl.sum(tl.reshape(x, (ROWS, 2, WIDTH >> (i + 1))), axis=1)
+    return tl.reshape(x, (ROWS,))
+
+
+@triton.jit
+def or_nothing(x, there):
+    """Keep x where there is an element, else -0: adding it changes nothing."""
+    return tl.where(there, x, minus_zeros(x))
+
+
+@triton.jit
+def divergence_term(p, q):
+    """The term p log(p / q) - p + q; where p is near q by the logarithm's series: nothing cancels."""
+    apart = p - q
+    z = tl.div_rn(apart, q)
+    ratio = tl.div_rn(p, q)
+    near = (apart * z) * (0.5 + z * (ratio * functions.log_polynomial(z) - 0.5))
+    return tl.where(magnitude(z) <= NEAR, near, p * functions.log(ratio) - apart)
+
+
+@triton.jit
+def shares(x, there, ROWS: tl.constexpr, WIDTH: tl.constexpr, HALVINGS: tl.constexpr):
+    """The softmax of each row of [ROWS, WIDTH] plus 1e-8."""
+    # A NaN need not be the greatest: it makes its row's sum NaN.
+    most = tl.max(tl.where(there, x, float("-inf")), axis=1)
+    powers = functions.exp(x - most[:, None])
+    total = halved(or_nothing(powers, there), ROWS, WIDTH, HALVINGS)
+    return tl.div_rn(powers, tl.broadcast_to(total[:, None], (ROWS, WIDTH))) + SMALLEST_SHARE
+
+
+@triton.jit(do_not_specialize=["rows", "length"])
+def divergences(
+    base, x, out, rows: "i64", length: "i64", ROWS: tl.constexpr, WIDTH: tl.constexpr, HALVINGS: tl.constexpr
+):
+    """The divergence of each row from the base's, to out: float32[rows]; a program has ROWS of up to WIDTH elements."""
+    rows = rows.to(tl.int64)
+    length = length.to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    lane = tl.arange(0, WIDTH)
+    there = (row[:, None] < rows) & (lane[None, :] < length)
+    place = row[:, None] * length + lane[None, :]
+    p = shares(numbers.widen(tl.load(x + place, mask=there, other=0.0)), there, ROWS, WIDTH, HALVINGS)
+    q = shares(numbers.widen(tl.load(base + place, mask=there, other=0.0)), there, ROWS, WIDTH, HALVINGS)
+    sums = halved(or_nothing(divergence_term(p, q), there), ROWS, WIDTH, HALVINGS)
+    tl.store(out + row, numbers.canonical(sums), mask=row < rows)
+
+
+@triton.jit
+def row_tile(x, tile, length, WIDTH: tl.constexpr):
+    """A tile of a long row, and which of its elements are there."""
+    place = tile * WIDTH + tl.arange(0, WIDTH)
+    there = place < length
+    return numbers.widen(tl.load(x + place, mask=there, other=0.0)), there
+
+
+@triton.jit
+def halved_in_memory(halves, tiles, WIDTH: tl.constexpr, HALVINGS: tl.constexpr):
+    """The sum of so many tiles of memory, a power of two, which are overwritten."""
+    lane = tl.arange(0, WIDTH)
+    while tiles > 1:
+        tiles = tiles // 2
+        tl.debug_barrier()
+        for tile in range(0, tiles):
+            at = halves + tile * WIDTH + lane
+            tl.store(at, tl.load(at) + tl.load(at + tiles * WIDTH))
+    tl.debug_barrier()
+    total = halved(tl.reshape(tl.load(halves + lane), (1, WIDTH)), 1, WIDTH, HALVINGS)
+    # The next sum's halves are written there.
+    tl.debug_barrier()
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def greatest(x, length, WIDTH: tl.constexpr):
+    """A long row's greatest element."""
+    most = tl.full((WIDTH,), float("-inf"), tl.float32)
+    for tile in range(0, (length + (WIDTH - 1)) // WIDTH):
+        value, there = row_tile(x, tile, length, WIDTH)
+        most = tl.maximum(most, tl.where(there, value, float("-inf")))
+    return tl.max(most, axis=0)
+
+
+@triton.jit
+def powers_of(x, tile, length, most, WIDTH: tl.constexpr):
+    """A tile of a long row's e^(x - most), and which of them are there."""
+    value, there = row_tile(x, tile, length, WIDTH)
+    return functions.exp(value - most), there
+
+
+@triton.jit
+def sum_of_powers(x, length, most, halves, tiles, WIDTH: tl.constexpr, HALVINGS: tl.constexpr):
+    """The sum of a long row's powers. tiles: half of those that the row has, counted up to a power of two."""
+    lane = tl.arange(0, WIDTH)
+    for tile in range(0, tiles):
+        low, low_there = powers_of(x, tile, length, most, WIDTH)
+        high, high_there = powers_of(x, tile + tiles, length, most, WIDTH)
+        tl.store(halves + tile * WIDTH + lane, or_nothing(low, low_there) + or_nothing(high, high_there))
+    return halved_in_memory(halves, tiles, WIDTH, HALVINGS)
+
+
+@triton.jit
+def terms_of(base, x, tile, length, most_base, most, total_base, total, WIDTH: tl.constexpr):
+    """A tile of a long row's divergence, -0 past its end."""
+    powers, there = powers_of(x, tile, length, most, WIDTH)
+    p = tl.div_rn(powers, tl.zeros_like(powers) + total) + SMALLEST_SHARE
+    powers, there = powers_of(base, tile, length, most_base, WIDTH)
+    q = tl.div_rn(powers, tl.zeros_like(powers) + total_base) + SMALLEST_SHARE
+    return or_nothing(divergence_term(p, q), there)
+
+
+@triton.jit(do_not_specialize=["first", "length", "tiles"])
+def divergences_of_long_rows(
+    base, x, out, memory, first: "i64", length: "i64", tiles: "i64", WIDTH: tl.constexpr, HALVINGS: tl.constexpr
+):
+    """The same of rows from `first` on, a program each. memory: float32[programs, tiles * WIDTH], half a row each."""
+    length = length.to(tl.int64)
+    tiles = tiles.to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    row = first.to(tl.int64) + program
+    halves = memory + program * (tiles * WIDTH)
+    x = x + row * length
+    base = base + row * length
+    most = greatest(x, length, WIDTH)
+    total = sum_of_powers(x, length, most, halves, tiles, WIDTH, HALVINGS)
+    most_base = greatest(base, length, WIDTH)
+    total_base = sum_of_powers(base, length, most_base, halves, tiles, WIDTH, HALVINGS)
+    lane = tl.arange(0, WIDTH)
+    for tile in range(0, tiles):
+        low = terms_of(base, x, tile, length, most_base, most, total_base, total, WIDTH)
+        high = terms_of(base, x, tile + tiles, length, most_base, most, total_base, total, WIDTH)
+        tl.store(halves + tile * WIDTH + lane, low + high)
+    tl.store(out + row, numbers.canonical(halved_in_memory(halves, tiles, WIDTH, HALVINGS)))
+
+
+@triton.jit
+def importance_tile(
+    base, x, divergence, out, start, n, length, BLOCK: tl.constexpr, WHOLE: tl.constexpr, LONG: tl.constexpr
+):
+    """A tile of |x - base| times the divergence of its row."""
+    own = sparsify.raw(x, start, n, BLOCK, WHOLE)
+    based = numbers.loaded(base, start, n, BLOCK, WHOLE)
+    lane = tl.arange(0, BLOCK)
+    if LONG:
+        row = start // length
+        # A tile has the end of one row at most.
+        row = row + (lane >= (row + 1) * length - start).to(tl.int64)
+    else:
+        row = (start + lane) // length
+    if WHOLE:
+        factor = tl.load(divergence + row)
+    else:
+        factor = tl.load(divergence + row, mask=lane < n - start, other=0.0)
+    numbers.stored(out, start, n, magnitude(numbers.widen(own) - based) * factor, BLOCK, WHOLE)
+
+
+@triton.jit(do_not_specialize=["n", "length"])
+def importance(base, x, divergence, out, n: "i64", length: "i64", BLOCK: tl.constexpr, LONG: tl.constexpr):
+    """How much each element matters, to out: float32. LONG: rows have at least as many elements as a tile."""
+    n = n.to(tl.int64)
+    length = length.to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    if start + BLOCK <= n:
+        importance_tile(base, x, divergence, out, start, n, length, BLOCK, True, LONG)
+    else:
+        importance_tile(base, x, divergence, out, start, n, length, BLOCK, False, LONG)

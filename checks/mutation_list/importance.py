@@ -1,4 +1,4 @@
-"""Mutations of the family `importance`: of its definition, of the blocks on GPUs, of what methods make of it."""
+"""Mutations of the family `importance`: of its definition, of its kernels for GPUs, of what methods make of it."""
 
 from __future__ import annotations
 
@@ -75,23 +75,6 @@ MUTATIONS = [
         ),
         ("log: NaN below 0", "torch.where((x < 0.0) | x.isnan(), NAN, value)", "torch.where(x.isnan(), NAN, value)"),
         ("log: NaN stays", "torch.where((x < 0.0) | x.isnan(), NAN, value)", "torch.where(x < 0.0, NAN, value)"),
-    ),
-    *in_file(
-        "fastmerge/backends/importance.py",
-        ("tests/ops/test_importance.py::test_blocks",),
-        ("blocks: counts add up", "total += reference.ram_counts(", "total = reference.ram_counts("),
-        ("blocks: energies add up", "total += reference.energy_sums(", "total = reference.energy_sums("),
-        (
-            "blocks: each its part of the mask",
-            "mask[part.start // 8 : -(-part.stop // 8)]",
-            "mask[: -(-(part.stop - part.start) // 8)]",
-        ),
-        ("blocks: of whole rows", "size = max(size // unit, 1) * unit", "size = max(size // unit, 1) * unit + 1"),
-        (
-            "blocks: each its rows",
-            "divergence[part.start // row_length : part.stop // row_length]",
-            "divergence[: (part.stop - part.start) // row_length]",
-        ),
     ),
     *in_file(
         "fastmerge/methods/sce.py",

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..._triton import exact
 from ..._triton import importance as kernels
 from ..gpu import rounded
-from ..importance import divergences, importance
 from ..rule import L1_LIMBS, TIE_BLOCK
 from .launch import block, flat, float_bits, launch, table, tiles
 from .sparsify import BY_VALUE, TYPES, alignment, usable
@@ -23,6 +22,13 @@ BLOCK = 1024
 
 TILES = 4
 """Tiles per program where it adds to common memory at its end."""
+
+
+WIDEST = 8192
+"""Elements of a row that a program holds in registers, 16 for each thread."""
+
+MEMORY = 1 << 24
+"""Numbers of memory that longer rows take together: 64 MB."""
 
 
 class _Models:
@@ -119,4 +125,55 @@ def energy_sums(base: Tensor, tensors: list[Tensor], mask: Tensor | None) -> Ten
             )
     out = torch.empty(count, L1_LIMBS, dtype=torch.int64, device=device)
     launch(exact.carry, (count,), device, sums, out, num_warps=1)
+    return out
+
+
+def divergences(base: Tensor, tensors: list[Tensor], row_length: int) -> Tensor:
+    """The divergence of each row; see `fastmerge.ops.divergences`."""
+    rows, device = base.numel() // row_length, base.device
+    out = torch.empty(rows, dtype=torch.float32, device=device)
+    base, x = usable(base), usable(tensors[0])
+    widest = block(WIDEST)
+    width = 1 << (row_length - 1).bit_length()
+    if width <= widest:
+        size = max(width, widest // 4)
+        together = size // width
+        arguments = base, x, out, rows, row_length
+        constants = {"ROWS": together, "WIDTH": width, "HALVINGS": width.bit_length() - 1}
+        launch(kernels.divergences, (tiles(rows, together),), device, *arguments, num_warps=_warps(size), **constants)
+        return out
+    half = width // 2
+    together = max(1, MEMORY // half)
+    memory = torch.empty(min(together, rows) * half, dtype=torch.float32, device=device)
+    for first in range(0, rows, together):
+        launch(
+            kernels.divergences_of_long_rows,
+            (min(together, rows - first),),
+            device,
+            base,
+            x,
+            out,
+            memory,
+            first,
+            row_length,
+            half // widest,
+            num_warps=_warps(widest),
+            WIDTH=widest,
+            HALVINGS=widest.bit_length() - 1,
+        )
+    return out
+
+
+def _warps(elements: int) -> int:
+    """So many that each thread has 16 of these elements."""
+    return min(16, max(4, elements // 512))
+
+
+def importance(base: Tensor, tensors: list[Tensor], divergence: Tensor, row_length: int) -> Tensor:
+    """How much each element matters; see `fastmerge.ops.importance`."""
+    out = torch.empty(base.numel(), dtype=torch.float32, device=base.device)
+    size = block(BLOCK)
+    arguments = usable(base), usable(tensors[0]), usable(divergence), out, out.numel(), row_length
+    constants = {"BLOCK": size, "LONG": row_length >= size}
+    launch(kernels.importance, (tiles(out.numel(), size),), out.device, *arguments, **constants)
     return out
