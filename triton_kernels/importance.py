@@ -333,8 +333,7 @@ def add_energies(
     if plain == 0:
         for at in range(start, end, BLOCK):
             mantissa, place = square_tile(base, x, mask, at, n, BLOCK, False)
-            more, _ = exact.by_limb(mantissa, mantissa, place)
-            words += more
+            words += exact.by_limb(mantissa, mantissa, place)[0]
     copy = (start // SPAN) % exact.COPIES
     row = sums + (model * exact.COPIES + copy) * exact.ROW + tl.arange(0, exact.ROW)
     tl.atomic_add(row, words, mask=words != 0, sem="relaxed")

@@ -135,7 +135,7 @@ struct Found {
     float* out;
 };
 
-FM_KERNEL(kThreads) model_variance_kernel(FM_LARGE Found args) {
+FM_KERNEL_RESIDENT(kThreads, 3) model_variance_kernel(FM_LARGE Found args) {
     const Models& models = args.models;
     int64_t at = block() * kTile + thread() * kEach;
     if (at >= models.numel) return;

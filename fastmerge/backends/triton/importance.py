@@ -25,7 +25,7 @@ TILES = 4
 
 
 WIDEST = 8192
-"""Elements of a row that a program holds in registers, 16 for each thread."""
+"""Elements of a row that a program holds in registers, 16 for each thread; of longer rows a quarter of it at a time."""
 
 MEMORY = 1 << 24
 """Numbers of memory that longer rows take together: 64 MB."""
@@ -118,6 +118,7 @@ def energy_sums(base: Tensor, tensors: list[Tensor], mask: Tensor | None) -> Ten
                 sums,
                 mask,
                 numel,
+                registers=128,
                 SPAN=span,
                 BLOCK=size,
                 ALIGN=alignment(base, *(x for _, x in models)),
@@ -142,7 +143,7 @@ def divergences(base: Tensor, tensors: list[Tensor], row_length: int) -> Tensor:
         constants = {"ROWS": together, "WIDTH": width, "HALVINGS": width.bit_length() - 1}
         launch(kernels.divergences, (tiles(rows, together),), device, *arguments, num_warps=_warps(size), **constants)
         return out
-    half = width // 2
+    half, tile = width // 2, widest // 4
     together = max(1, MEMORY // half)
     memory = torch.empty(min(together, rows) * half, dtype=torch.float32, device=device)
     for first in range(0, rows, together):
@@ -156,10 +157,10 @@ def divergences(base: Tensor, tensors: list[Tensor], row_length: int) -> Tensor:
             memory,
             first,
             row_length,
-            half // widest,
+            half // tile,
             num_warps=_warps(widest),
-            WIDTH=widest,
-            HALVINGS=widest.bit_length() - 1,
+            WIDTH=tile,
+            HALVINGS=tile.bit_length() - 1,
         )
     return out
 
