@@ -7,7 +7,12 @@ from checks.mutation_list.mutation import in_file
 DEFINITION = ("tests/reference/test_importance.py",)
 METHODS = ("tests/methods/test_importance.py",)
 DRAWN = ("nearswap", "ram", "variances_and_energies", "divergences_and_importances")
-TRITON = ("tests/triton/test_importance.py", *(f"tests/ops/test_importance.py::test_{name}[triton]" for name in DRAWN))
+ENERGIES = (
+    "tests/triton/test_importance.py::test_energies_of_all_sizes",
+    "tests/triton/test_importance.py::test_a_window_begins_at_the_first_tile",
+)
+ROWS = ("tests/triton/test_importance.py::test_rows_of_all_lengths",)
+MODELS = ("tests/triton/test_importance.py::test_models_by_value_and_by_a_table",)
 CUDA = ("tests/cuda/test_importance.py", *(f"tests/ops/test_importance.py::test_{name}[cuda]" for name in DRAWN))
 LOGARITHM = (
     "tests/reference/test_functions.py::test_log_at_its_ends",
@@ -81,11 +86,15 @@ MUTATIONS = [
     ),
     *in_file(
         "triton_kernels/importance.py",
-        TRITON,
+        ("tests/ops/test_importance.py::test_nearswap[triton]",),
         ("the least distance", "tl.where(distance < SMALLEST_DISTANCE, SMALLEST_DISTANCE, distance)", "distance"),
         ("a weight is at least 0", "tl.where(weight < 0.0, 0.0, tl.where", "tl.where(weight < -9e9, 0.0, tl.where"),
         ("a weight is at most 1", "tl.where(weight > 1.0, 1.0, weight)", "weight"),
         ("the model gets the weight", "weight * own + (1.0 - weight) * based", "weight * based + (1.0 - weight) * own"),
+    ),
+    *in_file(
+        "triton_kernels/importance.py",
+        MODELS,
         ("NaN takes part", "return (magnitude(delta) <= epsilon) == 0", "return magnitude(delta) > epsilon"),
         ("epsilon itself takes no part", "(magnitude(delta) <= epsilon)", "(magnitude(delta) < epsilon)"),
         ("a magnitude has no sign", "& 0x7FFFFFFF).to(tl.float32", "& 0xFFFFFFFF).to(tl.float32"),
@@ -118,6 +127,10 @@ MUTATIONS = [
             "first = listed_delta(based, listed, 0,",
             "first = listed_delta(based, listed, 1,",
         ),
+    ),
+    *in_file(
+        "triton_kernels/importance.py",
+        ENERGIES,
         ("energies are of squares", "exact.parts(delta * delta)", "exact.parts(delta)"),
         (
             "energies are of what is kept",
@@ -140,6 +153,10 @@ MUTATIONS = [
             "",
         ),
         ("each model has its sums", "(model * exact.COPIES + copy) * exact.ROW", "copy * exact.ROW"),
+    ),
+    *in_file(
+        "triton_kernels/importance.py",
+        ROWS,
         (
             "halves, the upper one first",
             "(ROWS, 2, WIDTH >> (i + 1))), axis=1)",

@@ -69,7 +69,9 @@ def test_models_by_value_and_by_a_table(count: int, types: tuple[torch.dtype, ..
     expected = merged(reference, base, tensors[:1] * count, [-0.0] * count, 1e9, where=cpu)
     assert_bitwise_equal(merged(triton, base, tensors[:1] * count, [-0.0] * count, 1e9, where=DEVICE), expected)
     own, *models = there(base, *tensors)
-    assert_bitwise_equal(triton.ram_counts(own, models, 1e-3).cpu(), reference.ram_counts(base, tensors, 1e-3))
+    for epsilon in (0.0, 1e-3):
+        expected = reference.ram_counts(base, tensors, epsilon)
+        assert_bitwise_equal(triton.ram_counts(own, models, epsilon).cpu(), expected)
     assert_bitwise_equal(triton.model_variance(own, models).cpu(), reference.model_variance(base, tensors))
 
 
