@@ -75,6 +75,14 @@ def test_ram(backend: str, data: st.DataObject) -> None:
 
 
 @each_backend
+def test_a_sum_of_factors_may_be_minus_zero(backend: str) -> None:
+    """Where the one model changes a base of -0 and its factor is -0: what sums begin with may not show."""
+    base = torch.full((7,), -0.0)
+    with only(backend, "ram_apply"):
+        assert_bitwise_equal(ops.ram_apply(base, [torch.ones(7)], -0.0, backend=backend), base)
+
+
+@each_backend
 @given(data=st.data())
 def test_variances_and_energies(backend: str, data: st.DataObject) -> None:
     data.draw(configurations(backend))

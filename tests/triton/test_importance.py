@@ -94,7 +94,7 @@ def test_a_window_begins_at_the_first_tile() -> None:
     base = torch.zeros(8 * 128)
     x = torch.ones(8 * 128)
     # Of each program: the ends of the first window and of the second one, and what lies beyond.
-    for place, value in ((200, 8.0), (210, 2.0**-14), (220, 1.5 * 2.0**-15), (230, 1.5 * 2.0**-32), (300, 16.0)):
+    for place, value in ((200, 8.0), (210, 2.0**-14), (220, 1.5 * 2.0**-32), (230, 1.5 * 2.0**-15), (300, 16.0)):
         x[place] = value
         x[place + 512] = 2.0**-32 if value == 16.0 else value
         assert_bitwise_equal(
