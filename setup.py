@@ -25,10 +25,9 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-FAMILIES = ("select", "sparsify", "pcb", "consensus", "expert", "geometry")
-CPU_FAMILIES = (*FAMILIES, "importance")
+FAMILIES = ("select", "sparsify", "pcb", "consensus", "expert", "geometry", "importance")
 CUDA_FAMILIES = (*FAMILIES, "highpass")
-DRIVERS = ("dispatch", "pool", *CPU_FAMILIES)
+DRIVERS = ("dispatch", "pool", *FAMILIES)
 
 CUDA_SOURCES = ("driver", *CUDA_FAMILIES)
 CUDA_BINDINGS = ["csrc/bindings/cuda.cpp", *(f"csrc/bindings/cuda/{name}.cpp" for name in CUDA_FAMILIES)]
@@ -202,7 +201,7 @@ class BuildKernels(build_ext):
         """The drivers once and the kernels once per instruction set."""
         objects = self._compile(ext, "driver", [f"csrc/cpu/{name}.cpp" for name in DRIVERS], [], [])
         for isa, flags in isa_flags(platform.machine()).items():
-            sources = [f"csrc/cpu/kernels/{name}.cpp" for name in CPU_FAMILIES]
+            sources = [f"csrc/cpu/kernels/{name}.cpp" for name in FAMILIES]
             objects += self._compile(ext, isa, sources, isa_defines(isa), flags)
         objects += self._compile(ext, "bindings", ["csrc/bindings/cpu.cpp"], [], [])
         self._link(ext, objects, [])

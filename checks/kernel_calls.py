@@ -106,6 +106,7 @@ def calls() -> Iterator[Call]:
     yield from _pcb()
     yield from _expert()
     yield from _geometry()
+    yield from _importance()
     yield from _highpass()
 
 
@@ -397,6 +398,40 @@ def _geometry() -> Iterator[Call]:
         yield Call("gram", f"2 x {NAMES[dtype]} without base", (None, models(2, dtype), NUMEL))
     yield Call("gram", "7 x mixed", (tensor(F32), mixed(7), NUMEL))
     yield Call("gram", "2 x bf16, unaligned", (tensor(BF16), models(2, aligned=False), NUMEL))
+
+
+def _importance() -> Iterator[Call]:
+    for name, base, count, xs in (
+        ("1 x bf16", tensor(BF16), 1, models(1)),
+        ("3 x bf16", tensor(BF16), 3, models(3)),
+        ("8 x fp32", tensor(F32), 8, models(8, F32)),
+        ("3 x mixed", tensor(F32), 3, mixed(3)),
+        ("12 x bf16", tensor(BF16), 12, models(12)),
+        ("3 x bf16, unaligned", tensor(BF16), 3, models(3, aligned=False)),
+    ):
+        # More models than are handed over by value are read again from the cache.
+        everywhere, wide = name in ("3 x bf16", "12 x bf16"), "unaligned" not in name and count <= 8
+        flags = {"everywhere": everywhere, "wide": wide}
+        yield Call("ram_apply", name, (base, xs, [1.0] * count, 1e-5, tensor(base.dtype)), {}, **flags)
+        yield Call("ram_counts", name, (base, xs, 1e-5), {}, **flags)
+        yield Call("model_variance", name, (base, xs), {}, **flags)
+        mask = torch.zeros(NUMEL // 8, dtype=torch.uint8)
+        wide = "unaligned" not in name
+        yield Call("energy_sums", name, (base, xs, None), {}, everywhere, wide)
+        yield Call("energy_sums", f"{name}, masked", (base, xs, mask), {}, everywhere, wide)
+    for dtype in (BF16, F16, F32):
+        for aligned in (True, False):
+            name = NAMES[dtype] + ("" if aligned else ", unaligned")
+            flags = {"everywhere": aligned and dtype is not F16, "wide": aligned}
+            arguments = (tensor(dtype), models(1, dtype, aligned=aligned))
+            yield Call("nearswap", name, (*arguments, 1e-4, tensor(dtype)), {}, **flags)
+            for length in (ROW, 64):
+                rows = torch.zeros(NUMEL // length)
+                yield Call("importance", f"{name}, rows of {length}", (*arguments, rows, length), {}, **flags)
+    for length in (1, 64, 4096, 8192, 16384):
+        arguments = (tensor(BF16), models(1), length)
+        yield Call("divergences", f"bf16, rows of {length}", arguments, everywhere=length >= 4096)
+    yield Call("divergences", "fp32, rows of 4096", (tensor(F32), models(1, F32), 4096))
 
 
 def _highpass() -> Iterator[Call]:

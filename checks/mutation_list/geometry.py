@@ -47,11 +47,6 @@ MUTATIONS = [
         ("elements past the end are 0", "i < end ? bits_at(x, i) : 0u", "i <= end ? bits_at(x, i) : 0u"),
         ("a thread's lanes are 32 apart", "at + step * kStep + half * 32", "at + step * kStep + half * 31"),
         (
-            "float16 is no bfloat16",
-            "dtype == kBFloat16 ? bit_cast<float>(bits << 16)",
-            "dtype != kFloat32 ? bit_cast<float>(bits << 16)",
-        ),
-        (
             "halves are 32 lanes apart",
             "for (int half = 16; half > 0; half /= 2) sum",
             "for (int half = 1; half < 32; half *= 2) sum",
@@ -63,6 +58,15 @@ MUTATIONS = [
             "all groups are multiplied with each other",
             "args.right < models.count; args.right += kGroup",
             "args.right < args.left; args.right += kGroup",
+        ),
+    ),
+    *in_file(
+        "csrc/cuda/tile.h",
+        cuda("geometry", "gram"),
+        (
+            "one float16 is no bfloat16",
+            "dtype == kBFloat16 ? bit_cast<float>(bits << 16)",
+            "dtype != kFloat32 ? bit_cast<float>(bits << 16)",
         ),
     ),
     *in_file(

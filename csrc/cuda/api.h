@@ -108,6 +108,20 @@ int expert_revert(Place place, const ExpertPart* parts, int32_t count, int64_t b
 // geometry. Every address is a multiple of its elements' size. out: [pairs, rows, blocks of a row]
 int gram(Place place, const Models& models, int64_t row_length, double* out);
 
+// importance. Every model is a delta from the base; nearswap and importance take one.
+int nearswap(Place place, const Models& models, float t, void* out, int32_t out_dtype);
+int ram_apply(Place place, const Models& models, const float* factors, float epsilon, void* out, int32_t out_dtype);
+int ram_counts(Place place, const Models& models, float epsilon, int64_t* counts);  // [n, 2], added to
+int model_variance(Place place, const Models& models, float* out);
+int energy_sums(Place place, const Models& models, const Rule& rule, int64_t* limbs);  // as l1_sums, of squares
+int importance(Place place, const Models& models, const float* divergence, int64_t width, float* out);
+// How many numbers of the device's memory each row takes; none where a block's shared memory has room.
+int64_t row_memory(int64_t width);
+// Of `count` rows from row `first` on; addresses are multiples of their elements' size. memory: for these rows, or
+// nullptr. out: of the row 0.
+int divergences(Place place, Array base, Array x, int64_t width, int64_t first, int64_t count, float* memory,
+                float* out);
+
 // highpass, where multiplications and additions are fused. Matrices have fewer than 2^31 - 128 columns.
 int64_t highpass_splits(const Filtered& x, int64_t most);  // into how many sums the rows are taken, 1 to `most`
 // out: [splits, n, r, W], to be added up in order

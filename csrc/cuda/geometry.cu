@@ -23,17 +23,6 @@ struct GramArgs {
     double* out;                         // [pairs, blocks]
 };
 
-// The bits of element i, which is there.
-FM_DEVICE uint32_t bits_at(Array x, int64_t i) {
-    const char* from = static_cast<const char*>(x.data) + dtype_size(x.dtype) * i;
-    return x.dtype == kFloat32 ? load4bytes(from) : load2bytes(from);
-}
-
-FM_DEVICE float widened(uint32_t bits, int32_t dtype) {
-    if (dtype == kFloat32) return bit_cast<float>(bits);
-    return dtype == kBFloat16 ? bit_cast<float>(bits << 16) : widen_float16(static_cast<uint16_t>(bits));
-}
-
 // What a thread multiplies of one tensor: its elements of a span, 0 past the end.
 struct Part {
     float value[kSteps][kLanes];

@@ -183,7 +183,10 @@ struct MassShared {
     uint32_t partial[kWarps + 1];
 };
 
-FM_KERNEL_RESIDENT(kThreads, 3) l1_sums_kernel(FM_LARGE Each each, int64_t* limbs) {
+// kSquares: of the squares, each rounded.
+template <bool kSquares>
+FM_KERNEL_RESIDENT(kThreads, 3)
+l1_sums_kernel(FM_LARGE Each each, int64_t* limbs) {
     MassShared& mine = shared<MassShared>();
     FM_UNROLL
     for (int group = 0; group < kGroups; ++group) mine.sum[0][group][thread()] = mine.sum[1][group][thread()] = 0;
@@ -202,7 +205,8 @@ FM_KERNEL_RESIDENT(kThreads, 3) l1_sums_kernel(FM_LARGE Each each, int64_t* limb
         uint32_t bits = own_bits(each, own, mine.kept, at, delta);
         FM_UNROLL
         for (int t = 0; t < kEach; ++t) {
-            uint32_t key = bit_cast<uint32_t>(delta[t]) & 0x7fffffffu;
+            float value = kSquares ? delta[t] * delta[t] : delta[t];
+            uint32_t key = bit_cast<uint32_t>(value) & 0x7fffffffu;
             // What is not finite has no mass; what is past the end is 0.
             uint32_t mantissa = key < kInfBits ? magnitude_mantissa(key) : 0u;
             int place = magnitude_place(key);
@@ -736,12 +740,25 @@ int kept_masks(Place place, const Models& models, const Rule& rule, uint8_t* mas
     return launch(kept_masks_kernel, grid, kThreads, sizeof(MaskShared), place.stream, each, masks);
 }
 
-int l1_sums(Place place, const Models& models, const Rule& rule, int64_t* limbs) {
+namespace {
+
+template <bool kSquares>
+int exact_sums(Place place, const Models& models, const Rule& rule, int64_t* limbs) {
     int64_t part = part_of_so_many(models.numel * models.count, processors());
     int64_t grid = (models.numel + part - 1) / part * models.count;
     Each each = {models, rule, part};
-    int error = launch(l1_sums_kernel, grid, kThreads, sizeof(MassShared), place.stream, each, limbs);
+    int error = launch(l1_sums_kernel<kSquares>, grid, kThreads, sizeof(MassShared), place.stream, each, limbs);
     return error != 0 ? error : launch(carry_kernel, 1, kThreads, 0, place.stream, limbs, 2 * models.count);
+}
+
+}  // namespace
+
+int l1_sums(Place place, const Models& models, const Rule& rule, int64_t* limbs) {
+    return exact_sums<false>(place, models, rule, limbs);
+}
+
+int energy_sums(Place place, const Models& models, const Rule& rule, int64_t* limbs) {
+    return exact_sums<true>(place, models, rule, limbs);
 }
 
 bool ranks_rows(int64_t length) {

@@ -125,6 +125,17 @@ FM_DEVICE void load8(Array x, int64_t at, int64_t end, float* out) {
     for (int t = 0; t < kEach; ++t) out[t] = at + t < end ? out[t] : 0.0f;
 }
 
+// The bits of element i, which is there, at a multiple of its size.
+FM_DEVICE uint32_t bits_at(Array x, int64_t i) {
+    const char* from = static_cast<const char*>(x.data) + dtype_size(x.dtype) * i;
+    return x.dtype == kFloat32 ? load4bytes(from) : load2bytes(from);
+}
+
+FM_DEVICE float widened(uint32_t bits, int32_t dtype) {
+    if (dtype == kFloat32) return bit_cast<float>(bits);
+    return dtype == kBFloat16 ? bit_cast<float>(bits << 16) : widen_float16(static_cast<uint16_t>(bits));
+}
+
 FM_INLINE void round8(int32_t compute, float* values) {
     if (compute == kBFloat16) {
         FM_UNROLL

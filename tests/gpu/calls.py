@@ -151,6 +151,49 @@ def gram(draw: Draw) -> Call:
     )
 
 
+def _based(draw: Draw, most: int = 4) -> tuple[Tensor, list[Tensor]]:
+    models = _models(draw, most)
+    base = models.base
+    return draw(strategies.tensors(shape=tuple(models.tensors[0].shape))) if base is None else base, models.tensors
+
+
+def nearswap(draw: Draw) -> Call:
+    base, (x,) = _based(draw, 1)
+    return Call(ops.nearswap, (base, x, draw(st.sampled_from((0.0, 1e-3, 0.25)))), {"out": _out(draw, x.shape)})
+
+
+def ram_apply(draw: Draw) -> Call:
+    base, tensors = _based(draw, 12)
+    factors = [draw(st.sampled_from((1.0, 1.02, -0.0))) for _ in tensors]
+    return Call(ops.ram_apply, (base, tensors, factors), {"epsilon": 1e-3, "out": _out(draw, tensors[0].shape)})
+
+
+def ram_counts(draw: Draw) -> Call:
+    return Call(ops.ram_counts, _based(draw, 12), {"epsilon": draw(st.sampled_from((0.0, 1e-3)))})
+
+
+def model_variance(draw: Draw) -> Call:
+    return Call(ops.model_variance, _based(draw, 12))
+
+
+def energy_sums(draw: Draw) -> Call:
+    base, tensors = _based(draw)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    mask = torch.randint(0, 256, (-(-base.numel() // 8),), dtype=torch.uint8, generator=generator)
+    return Call(ops.energy_sums, (base, tensors), {"mask": draw(st.sampled_from((None, mask)))})
+
+
+def divergences(draw: Draw) -> Call:
+    base, (x,) = _based(draw, 1)
+    lengths = [length for length in range(1, x.numel() + 1) if x.numel() % length == 0]
+    return Call(ops.divergences, (base, x, draw(st.sampled_from(lengths[-6:] or [1]))))
+
+
+def importance(draw: Draw) -> Call:
+    base, x, length = divergences(draw).arguments
+    return Call(ops.importance, (base, x, torch.arange(x.numel() // length) / 7.0, length))
+
+
 def count_nonfinite(draw: Draw) -> Call:
     return Call(ops.count_nonfinite, (_tensor(draw),))
 
@@ -270,6 +313,13 @@ CALLS: dict[str, Callable[[Draw], Call]] = {
     "l1_sums": l1_sums,
     "kept_masks": kept_masks,
     "gram": gram,
+    "nearswap": nearswap,
+    "ram_apply": ram_apply,
+    "ram_counts": ram_counts,
+    "model_variance": model_variance,
+    "energy_sums": energy_sums,
+    "divergences": divergences,
+    "importance": importance,
     "count_nonfinite": count_nonfinite,
     "zero_nonfinite_": zero_nonfinite,
     "consensus_apply": consensus_apply,

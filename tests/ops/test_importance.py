@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastmerge import ops
-from fastmerge.backends import importance
 from fastmerge.errors import ArgumentError, ArgumentTypeError, FastmergeError
 from fastmerge.ops.sparsify import mask_bytes
-from fastmerge.reference import importance as reference
 from tests import strategies
 from tests.numeric import assert_bitwise_equal, poison_
 from tests.ops.running import configurations, each_backend, only
@@ -27,23 +25,24 @@ factors = st.sampled_from((1.0, 1.02, -0.5, 0.0, 3e38))
 
 
 @st.composite
-def based(draw: st.DrawFn, most: int = 4) -> strategies.Models:
-    """Models with a base."""
-    found = draw(strategies.models(most=most))
+def based(draw: st.DrawFn, backend: str, most: int = 4) -> strategies.Models:
+    """Models with a base; of several tie blocks where a kernel takes these one by one, on CPUs."""
+    found = draw(strategies.models(most=most, blocks=backend == "cpu"))
     if found.base is None:
         found.base = draw(strategies.tensors(shape=tuple(found.tensors[0].shape)))
     return found
 
 
 def divisors(numel: int) -> list[int]:
-    return [n for n in range(1, min(numel, 3000) + 1) if numel % n == 0] or [1]
+    """Lengths of rows of which there are not so many that an interpreter takes long."""
+    return [n for n in range(max(numel // 300, 1), min(numel, 3000) + 1) if numel % n == 0] or [max(numel, 1)]
 
 
 @each_backend
 @given(data=st.data())
 def test_nearswap(backend: str, data: st.DataObject) -> None:
     data.draw(configurations(backend))
-    models = data.draw(based(most=1))
+    models = data.draw(based(backend, most=1))
     t = data.draw(distances)
     out_dtype = data.draw(strategies.dtypes)
     expected = ops.nearswap(models.base, models.tensors[0], t, out_dtype=out_dtype, backend="reference")
@@ -59,7 +58,7 @@ def test_nearswap(backend: str, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_ram(backend: str, data: st.DataObject) -> None:
     data.draw(configurations(backend))
-    models = data.draw(based())
+    models = data.draw(based(backend))
     epsilon = data.draw(epsilons)
     each = [data.draw(factors) for _ in models.tensors]
     arguments = {"epsilon": epsilon, "out_dtype": data.draw(strategies.dtypes)}
@@ -76,10 +75,18 @@ def test_ram(backend: str, data: st.DataObject) -> None:
 
 
 @each_backend
+def test_a_sum_of_factors_may_be_minus_zero(backend: str) -> None:
+    """Where the one model changes a base of -0 and its factor is -0: what sums begin with may not show."""
+    base = torch.full((7,), -0.0)
+    with only(backend, "ram_apply"):
+        assert_bitwise_equal(ops.ram_apply(base, [torch.ones(7)], -0.0, backend=backend), base)
+
+
+@each_backend
 @given(data=st.data())
 def test_variances_and_energies(backend: str, data: st.DataObject) -> None:
     data.draw(configurations(backend))
-    models = data.draw(based())
+    models = data.draw(based(backend))
     expected = ops.model_variance(models.base, models.tensors, backend="reference")
     with only(backend, "model_variance"):
         assert_bitwise_equal(ops.model_variance(models.base, models.tensors, backend=backend), expected)
@@ -96,7 +103,7 @@ def test_variances_and_energies(backend: str, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_divergences_and_importances(backend: str, data: st.DataObject) -> None:
     data.draw(configurations(backend))
-    models = data.draw(based(most=1))
+    models = data.draw(based(backend, most=1))
     base, x = models.base, models.tensors[0]
     length = data.draw(st.sampled_from(divisors(models.numel)))
     rows = ops.divergences(base, x, length, backend="reference")
@@ -121,16 +128,19 @@ def test_divergences_of_rows_as_models_have_them(backend: str, seed: int, width:
     x = base + spread * torch.randn(3, width, generator=generator)
     expected = ops.divergences(base, x.bfloat16(), width, backend="reference")
     assert width == 1 or (expected > 0).all()
-    assert_bitwise_equal(ops.divergences(base, x.bfloat16(), width, backend=backend), expected)
+    with only(backend, "divergences"):
+        assert_bitwise_equal(ops.divergences(base, x.bfloat16(), width, backend=backend), expected)
 
 
 @each_backend
 def test_chunks_add_up_and_join(backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    base = torch.randn(1000, 256, generator=generator)
-    tensors = [base + 1e-3 * torch.randn(1000, 256, generator=generator) for _ in range(3)]
-    mask = torch.randint(0, 256, (32_000,), dtype=torch.uint8, generator=generator)
-    parts = [slice(0, 296), slice(296, 1000)]
+    # Several tie blocks, where a kernel knows them.
+    count, cut = (1000, 296) if backend == "cpu" else (30, 11)
+    base = torch.randn(count, 256, generator=generator)
+    tensors = [base + 1e-3 * torch.randn(count, 256, generator=generator) for _ in range(3)]
+    mask = torch.randint(0, 256, (32 * count,), dtype=torch.uint8, generator=generator)
+    parts = [slice(0, cut), slice(cut, count)]
 
     def found(rows: slice) -> list[Tensor]:
         own, xs = base[rows], [x[rows] for x in tensors]
@@ -144,7 +154,7 @@ def test_chunks_add_up_and_join(backend: str) -> None:
             ops.energy_sums(own, xs, mask=bits, backend=backend),
         ]
 
-    whole, pieces = found(slice(0, 1000)), [found(part) for part in parts]
+    whole, pieces = found(slice(0, count)), [found(part) for part in parts]
     for name, one, *others in zip(range(5), whole, *pieces):
         if name < 3:
             assert_bitwise_equal(torch.cat(others), one)
@@ -153,36 +163,6 @@ def test_chunks_add_up_and_join(backend: str) -> None:
         else:
             for model in range(3):
                 assert ops.l1_mass(sum(others)[model]) == ops.l1_mass(one[model])
-
-
-@pytest.mark.parametrize("width", [8, 24, 512])
-def test_blocks(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain torch's blocks, which GPUs have: several of them, the last one short, and rows longer than a block."""
-    monkeypatch.setattr("fastmerge.backends.importance._BLOCK", 64)
-    generator = torch.Generator().manual_seed(width)
-    base = torch.randn(3, width, generator=generator)
-    tensors = [base + 1e-3 * torch.randn(3, width, generator=generator) for _ in range(2)]
-    mask = torch.randint(0, 256, (3 * width // 8,), dtype=torch.uint8, generator=generator)
-    rows = torch.arange(1.0, 4.0)
-    for name, models, arguments in (
-        ("ram_counts", tensors, (1e-3,)),
-        ("model_variance", tensors, ()),
-        ("energy_sums", tensors, (mask,)),
-        ("energy_sums", tensors, (None,)),
-        ("divergences", tensors[:1], (width,)),
-        ("importance", tensors[:1], (rows, width)),
-    ):
-        in_blocks = getattr(importance, name)(base, models, *arguments)
-        whole = getattr(reference, name)(base, models, *arguments)
-        if name == "energy_sums":
-            assert [ops.l1_mass(row) for row in in_blocks] == [ops.l1_mass(row) for row in whole]
-        else:
-            assert_bitwise_equal(in_blocks, whole)
-    for name, models, arguments in (("nearswap", tensors[:1], (1e-3,)), ("ram_apply", tensors, ([1.0, 1.5], 1e-3))):
-        outs = [poison_(torch.empty_like(base)) for _ in range(2)]
-        for module, out in zip((importance, reference), outs):
-            getattr(module, name)(base, models, *arguments, out)
-        assert_bitwise_equal(*outs)
 
 
 x = torch.arange(6.0).reshape(2, 3)

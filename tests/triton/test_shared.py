@@ -50,6 +50,8 @@ def elementwise(x, y, out, n, WHICH: tl.constexpr, COMPUTE: tl.constexpr, BLOCK:
         r = numbers.sign(a)
     elif WHICH == "exp":
         r = functions.exp(a)
+    elif WHICH == "log":
+        r = functions.log(a)
     else:
         r = functions.tanh(a)
     numbers.stored(out, start, n, r, BLOCK, False)
@@ -158,11 +160,11 @@ def test_nan_has_one_key_whatever_its_payload() -> None:
     assert out.tolist() == [0x7FC00000] * 5 + [0x7F800000] * 2 + [0]
 
 
-@pytest.mark.parametrize("name", ["exp", "tanh"])
+@pytest.mark.parametrize("name", ["exp", "tanh", "log"])
 def test_functions_have_the_references_bits(name: str) -> None:
     generator = torch.Generator().manual_seed(5)
     scales = torch.tensor([1e-30, 1e-5, 0.01, 0.3, 1.0, 10.0, 60.0, 100.0])
-    places = [-104.0, -103.97208, -87.33655, 88.72284, 89.0, 10.0, 9.010914, 0.0]
+    places = [-104.0, -103.97208, -87.33655, 88.72284, 89.0, 10.0, 9.010914, 0.0, 0.70710677, 1.0, 1.4142135]
     near = torch.tensor(places).view(torch.int32)[:, None] + torch.arange(-50, 51)
     near = near.to(torch.int32).reshape(-1).view(torch.float32)
     drawn = (torch.randn(2000, 8, generator=generator) * scales).reshape(-1)

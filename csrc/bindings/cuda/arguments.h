@@ -106,6 +106,7 @@ void bind_consensus(py::module_& m);
 void bind_pcb(py::module_& m);
 void bind_expert(py::module_& m);
 void bind_geometry(py::module_& m);
+void bind_importance(py::module_& m);
 void bind_highpass(py::module_& m);
 
 }  // namespace bindings

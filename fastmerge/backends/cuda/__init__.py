@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import torch
 
-from ..importance import (
+from ..rule import TIE_BLOCK
+from .consensus import consensus_apply, consensus_apply_many
+from .expert import expert_apply_, expert_extract, expert_revert_
+from .geometry import gram
+from .highpass import highpass
+from .importance import (
     divergences,
     energy_sums,
     importance,
@@ -18,11 +23,6 @@ from ..importance import (
     ram_apply,
     ram_counts,
 )
-from ..rule import TIE_BLOCK
-from .consensus import consensus_apply, consensus_apply_many
-from .expert import expert_apply_, expert_extract, expert_revert_
-from .geometry import gram
-from .highpass import highpass
 from .launch import EMULATED, compiled
 from .pcb import (
     pcb_apply,

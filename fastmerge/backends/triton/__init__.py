@@ -12,7 +12,11 @@ import torch
 import triton
 
 from ...reference.expert import expert_extract
-from ..importance import (
+from .consensus import consensus_apply, consensus_apply_many
+from .expert import expert_apply_, expert_revert_
+from .geometry import gram
+from .highpass import highpass
+from .importance import (
     divergences,
     energy_sums,
     importance,
@@ -21,10 +25,6 @@ from ..importance import (
     ram_apply,
     ram_counts,
 )
-from .consensus import consensus_apply, consensus_apply_many
-from .expert import expert_apply_, expert_revert_
-from .geometry import gram
-from .highpass import highpass
 from .launch import INTERPRETED
 from .pcb import (
     pcb_apply,

@@ -1,0 +1,112 @@
+"""The importance family in CUDA C++ where its kernels part ways: ends, several blocks, many models, long rows."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastmerge import ops
+from fastmerge.backends.limits import TooManyModelsError
+from tests.cuda.running import both_orders, needs_cuda, there, unaligned
+from tests.numeric import assert_bitwise_equal
+
+pytestmark = needs_cuda
+
+TYPES = (torch.bfloat16, torch.float32, torch.float16)
+SPECIAL = [float("nan"), float("inf"), -float("inf"), 2.0**-149, 1e-30, 3.4e38, 0.0, -0.0]
+
+
+def drawn(count: int, numel: int, seed: int = 0) -> list[Tensor]:
+    """A base and so many models near it, of all dtypes by turns; some of them agree with it, some are special."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(numel, generator=generator)
+    made = [base]
+    for _ in range(count):
+        step = 0.1 * torch.randn(numel, generator=generator)
+        model = base + step * (torch.rand(numel, generator=generator) < 0.4)
+        model[torch.randint(0, numel, (8,), generator=generator)] = torch.tensor(SPECIAL)
+        made.append(model)
+    return [x.to(TYPES[i % 3]) for i, x in enumerate(made)]
+
+
+def check(base: Tensor, tensors: list[Tensor], length: int) -> None:
+    """All of the family beside the reference."""
+    numel = base.numel()
+    generator = torch.Generator().manual_seed(numel)
+    mask = torch.randint(0, 256, (-(-numel // 8),), dtype=torch.uint8, generator=generator)
+    factors = [(-0.0, 1.5, -2.0)[i % 3] for i in range(len(tensors))]
+    rows = torch.arange(numel // length) / 7.0
+    own, models = there(base), [there(x) for x in tensors]
+    for found, expected in (
+        (
+            ops.nearswap(own, models[0], 1e-3, backend="cuda"),
+            ops.nearswap(base, tensors[0], 1e-3, backend="reference"),
+        ),
+        (
+            ops.ram_apply(own, models, factors, epsilon=1e-3, out_dtype=torch.bfloat16, backend="cuda"),
+            ops.ram_apply(base, tensors, factors, epsilon=1e-3, out_dtype=torch.bfloat16, backend="reference"),
+        ),
+        (
+            ops.ram_counts(own, models, epsilon=1e-3, backend="cuda"),
+            ops.ram_counts(base, tensors, epsilon=1e-3, backend="reference"),
+        ),
+        (
+            ops.model_variance(own, models, backend="cuda"),
+            ops.model_variance(base, tensors, backend="reference"),
+        ),
+        (
+            ops.energy_sums(own, models, backend="cuda"),
+            ops.energy_sums(base, tensors, backend="reference"),
+        ),
+        (
+            ops.energy_sums(own, models, mask=there(mask), backend="cuda"),
+            ops.energy_sums(base, tensors, mask=mask, backend="reference"),
+        ),
+        (
+            ops.importance(own, models[0], there(rows), length, backend="cuda"),
+            ops.importance(base, tensors[0], rows, length, backend="reference"),
+        ),
+    ):
+        assert_bitwise_equal(found.cpu(), expected)
+
+
+@both_orders
+@pytest.mark.parametrize(("numel", "length"), [(1, 1), (7, 7), (2048, 1), (2049, 3), (6000, 1500)])
+def test_ends_and_several_blocks(numel: int, length: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMERGE_EMULATED_ORDER", order)
+    base, *tensors = drawn(3, max(numel, 8))
+    check(base[:numel], [x[:numel] for x in tensors], length)
+
+
+@pytest.mark.parametrize("shift", [1, 2, 6])
+def test_odd_addresses(shift: int) -> None:
+    base, *tensors = drawn(2, 2500)
+    check(unaligned(base, shift), [unaligned(x, shift) for x in tensors], 10)
+
+
+def test_many_models() -> None:
+    """As many as a launch takes, all of which take part somewhere; one more is refused."""
+    base, *tensors = drawn(128, 40)
+    check(base, tensors, 8)
+    with pytest.raises(TooManyModelsError, match="at most 128 models at once, not 129"):
+        ops.ram_counts(there(base), [there(base)] * 129, backend="cuda")
+
+
+@both_orders
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 65, 257, 5000])
+def test_rows_of_all_lengths(length: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums in shared memory, and in memory that is handed over to a few rows at a time."""
+    monkeypatch.setenv("FASTMERGE_EMULATED_ORDER", order)
+    # Of its name the backend has a function, too.
+    monkeypatch.setattr(importlib.import_module("fastmerge.backends.cuda.importance"), "MEMORY", 2 * 4096)
+    generator = torch.Generator().manual_seed(length)
+    base = 3.0 * torch.randn(5 * length, generator=generator) - 300.0
+    x = (base + 0.3 * torch.randn(5 * length, generator=generator)).bfloat16()
+    base[-1], x[0] = float("nan"), -float("inf")
+    expected = ops.divergences(base, x, length, backend="reference")
+    for limit in ("232448", "2048"):
+        monkeypatch.setenv("FASTMERGE_EMULATED_SHARED", limit)
+        assert_bitwise_equal(ops.divergences(there(base), there(x), length, backend="cuda").cpu(), expected)
