@@ -255,8 +255,10 @@ def test_slerp_and_sce_are_mergekits_but_for_its_rounding(method, dtype, seed):
         assert RELEASE == "0.1.4" and torch.equal(ours, case.base)
         return
     reach = torch.stack([tensor.double().abs() for tensor in (case.base, *case.models)]).amax(0)
-    unit = torch.finfo(ours.dtype).eps
-    wrong = ((ours.double() - theirs.double()).abs() > UNITS[method] * unit * reach + 1e-9) & ~left_open
+    allowed = UNITS[method] * torch.finfo(ours.dtype).eps * reach + 1e-9
+    if left_open.any():  # what is selected there moves the energies that weigh all of a tensor
+        allowed += 0.2 * torch.stack([(model.double() - case.base.double()).abs() for model in case.models]).amax(0)
+    wrong = ((ours.double() - theirs.double()).abs() > allowed) & ~left_open
     assert not wrong.any(), (ours[wrong][:3], theirs[wrong][:3])
 
 
@@ -291,6 +293,8 @@ def test_a_batch_of_slerps_takes_a_t_for_each_output_and_the_base_where_it_is():
         with pytest.raises(ValueError, match="base"):
             get("slerp").merge_batch(TensorBatch(batch.tensors), t=t)
         assert inside.tally().left == {("slerp", "there is no base"): 1}
+        with pytest.raises(ValueError, match="one other"):
+            get("slerp").merge_batch(TensorBatch((*batch.tensors, batch.tensors[0]), base_index=0), t=t)
     assert torch.equal(one, our_float32(Case("slerp", first[1], first[:1], []), {"t": 0.25}))
     assert torch.equal(two, our_float32(Case("slerp", second[1], second[:1], []), {"t": 0.75}))
 
