@@ -222,6 +222,8 @@ def draw_float32(method: str, dtype: torch.dtype, seed: int) -> tuple[Case, dict
         far = [(base + 30 * (model - base)).to(dtype) for model in models]
         return Case(method, base.to(dtype), far, []), {"t": t}, torch.zeros(base.shape, dtype=torch.bool)
     base, models, parameters = draw_sce("sce", dtype, seed)
+    if base.dim() == 0:  # mergekit 0.1.4 weighs those alike
+        base, models = base[None], [model[None] for model in models]
     deltas = torch.stack([model.double() - base.double() for model in models])
     unit = torch.finfo(dtype).eps
     left_open = (deltas.sum(0).abs() <= len(models) * unit * deltas.abs().sum(0)) & deltas.any(0)

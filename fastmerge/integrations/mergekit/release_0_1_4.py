@@ -220,6 +220,8 @@ class MergeInsideTask(Task[torch.Tensor]):
                 raise LeftToPeer("there is no base")
         if self.method_name in _PROMOTING and len({tensor.dtype for tensor in tensors.values()}) > 1:
             raise LeftToPeer("dtypes differ")
+        if self.method_name == "sce" and base is not None and base.dim() == 0:
+            raise LeftToPeer("mergekit 0.1.4 weighs models of one number alike")
         models = [model for model in tensors if base is None or model != self.base_model]
         each = [dict(self.tensor_parameters[model].items()) for model in models]
         dtype = _meeting([tensors[model] for model in models]) if base is None else base.dtype
