@@ -6,7 +6,8 @@
 The sources must be those of the mergekit that is installed. Some of its tests need `tests/common.py`, which is in its
 repository and not in its source distribution: put it there, or they fail to be collected, with fastmerge and without.
 
-The same file is the plugin by which pytest enables fastmerge (`-p checks.mergekit_suite`).
+The same file is the plugin by which pytest enables fastmerge (`-p checks.mergekit_suite`). It also seeds torch before
+each fixture and each test: mergekit's tests draw models at random, which must be the same ones both ways.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -28,6 +31,8 @@ EXCEPTIONS: dict[str, str] = {}
 """Tests that pass in mergekit alone and may fail with fastmerge inside, and why: none."""
 
 TALLY = "MERGEKIT_SUITE_TALLY"
+WITHOUT = "MERGEKIT_SUITE_WITHOUT"
+"""Set to anything, the plugin seeds and leaves mergekit alone."""
 
 
 # -- the plugin
@@ -35,6 +40,8 @@ TALLY = "MERGEKIT_SUITE_TALLY"
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let mergekit compute by fastmerge while its tests run."""
+    if os.environ.get(WITHOUT):
+        return
     from fastmerge.integrations import mergekit
 
     mergekit.enable(seed=None)
@@ -42,12 +49,32 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Say what was merged by whom."""
+    if os.environ.get(WITHOUT):
+        return
     from fastmerge.integrations import mergekit
 
     mergekit.disable()
     place = os.environ.get(TALLY)
     if place:
         Path(place).write_text("\n".join(mergekit.tally().lines()), encoding="utf-8")
+
+
+def _seed(name: str) -> None:
+    import torch
+
+    torch.manual_seed(zlib.crc32(name.encode()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: Any) -> None:
+    """The same random numbers for each fixture, others than for the next."""
+    _seed(fixturedef.argname)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """The same random numbers for each test, wherever it runs."""
+    _seed(item.name)
 
 
 # -- the comparison
@@ -119,14 +146,15 @@ def run(tests: Path, work: Path, inside: bool, arguments: list[str]) -> dict[str
     name = "inside" if inside else "without"
     report = work / f"{name}.xml"
     (work / "tests").exists() or (work / "tests").symlink_to(tests)
-    plugin = ["-p", "checks.mergekit_suite"] if inside else []
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(work), str(ROOT), os.environ.get("PYTHONPATH")])),
         "HF_HUB_OFFLINE": "1",
         TALLY: str(work / "tally"),
+        WITHOUT: "" if inside else "1",
     }
-    command = [sys.executable, "-m", "pytest", "tests", "-q", "--rootdir", str(work), "-c", os.devnull, *plugin]
+    command = [sys.executable, "-m", "pytest", "tests", "-q", "--rootdir", str(work), "-c", os.devnull]
+    command += ["-p", "checks.mergekit_suite"]
     command += ["-p", "no:cacheprovider", f"--junitxml={report}", "-o", "junit_family=xunit1", *arguments]
     with open(work / f"{name}.log", "w", encoding="utf-8") as log:
         subprocess.run(command, cwd=work, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)

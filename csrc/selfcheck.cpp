@@ -178,6 +178,10 @@ std::vector<uint8_t> merges(const Family& family) {
             all.insert(all.end(), bytes, bytes + sums.size() * sizeof(int64_t));
         }
     }
+    std::vector<float> total(static_cast<size_t>(models.numel));
+    fused_sum(models, weights.data(), total.data());
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(total.data());
+    all.insert(all.end(), bytes, bytes + total.size() * sizeof(float));
     return all;
 }
 

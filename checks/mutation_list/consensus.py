@@ -13,7 +13,26 @@ CONSENSUS = (
     *equal_bits("consensus_apply"),
 )
 
+FUSED = (
+    "tests/reference/test_consensus.py::test_a_fused_sum_is_rounded_once_at_each_step",
+    "tests/ops/test_equal_bits.py::test_a_fused_multiply_add_is_rounded_once",
+)
+
 MUTATIONS = [
+    *in_file(
+        "fastmerge/reference/consensus.py",
+        FUSED,
+        ("a fused sum is not rounded twice", "inexact = (lost != 0) & lost.isfinite()", "inexact = (lost > 9e99)"),
+        ("rounded to odd, the last bit is set", "& (bits & 1 == 0)", "& (bits & 1 == 1)"),
+        ("rounded to odd towards what was lost", "(lost > 0) == (rounded", "(lost < 0) == (rounded"),
+        ("below 0 what was lost is the other way", "(lost > 0) == (rounded > 0), 1, -1", "lost > 0, 1, -1"),
+        ("the weights of a fused sum are float32", "* round_scalar(weight, torch.float32)\n", "* weight\n"),
+    ),
+    *in_file(
+        "fastmerge/backends/gpu.py",
+        ("tests/ops/test_equal_bits.py::test_a_sum_on_a_gpu_is_made_in_blocks",),
+        ("a fused sum has all its blocks", "slice(start, start + _SUMMED_AT_ONCE)", "slice(0, _SUMMED_AT_ONCE)"),
+    ),
     *in_file(
         "triton_kernels/consensus.py",
         CONSENSUS,

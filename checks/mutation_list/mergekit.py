@@ -16,6 +16,7 @@ SEEDS = (
     f"{_INSIDE}test_without_a_seed_or_a_name_torchs_generator_says_what_is_dropped",
 )
 GROUP = "fastmerge/integrations/mergekit/group.py"
+METHODS = "fastmerge/integrations/mergekit/methods.py"
 PATCHES = "fastmerge/integrations/mergekit/patches.py"
 
 MUTATIONS = [
@@ -56,6 +57,26 @@ MUTATIONS = [
         GROUP,
         (f"{_INSIDE}test_where_no_kernels_work_mergekit_goes_on",),
         ("the reference is no kernel", 'if found == "reference":', 'if found == "nothing":'),
+    ),
+    *in_file(
+        METHODS,
+        (
+            f"{_INSIDE}test_slerp_and_sce_are_mergekits_but_for_its_rounding",
+            f"{_INSIDE}test_sce_in_float16_is_mergekits_unless_float32_is_asked_for",
+        ),
+        (
+            "slerp and sce have numbers of their own",
+            'return "fp32" if isinstance(method, always) else asked',
+            "return asked",
+        ),
+        ("sce in float16 is left to mergekit", 'return asked == "mergekit" and dtype', "return False and dtype"),
+        ("sce in float16 is merged in float32", 'return asked == "mergekit" and dtype', "return dtype"),
+        ("sce in bfloat16 is merged", "dtype == torch.float16 and", "dtype != torch.float32 and"),
+    ),
+    *in_file(
+        GROUP,
+        (f"{_INSIDE}test_a_batch_of_slerps_takes_a_t_for_each_output_and_the_base_where_it_is",),
+        ("slerp takes two", "        method.check_count(len(models))\n", ""),
     ),
     *in_file(
         PATCHES,

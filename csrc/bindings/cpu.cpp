@@ -349,6 +349,13 @@ PYBIND11_MODULE(_cpu, m) {
         },
         release());
     m.def(
+        "fused_sum",
+        [](const std::vector<Ref>& tensors, int64_t numel, const std::vector<float>& weights, uintptr_t out) {
+            Inputs inputs(Ref(0, 0), false, tensors, numel, fastmerge::kFloat32);
+            fastmerge::cpu::fused_sum(inputs.models, weights.data(), floats(out));
+        },
+        release());
+    m.def(
         "consensus_apply_many",
         [](const ManyRef& ref, const RuleArgs& args, const std::vector<uint64_t>& tensor_ids,
            const std::vector<float>& weights, const std::vector<float>& scales, int election, float zero_sign,

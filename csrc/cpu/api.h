@@ -55,6 +55,7 @@ void kept_masks(const Models& models, Rule rule, uint8_t* masks);  // [n, ceil(n
 
 // consensus
 void consensus_apply(ConsensusArgs args);
+void fused_sum(const Models& models, const float* weights, float* out);  // no base; a chain of fused multiply-adds
 // formula: what is the same for all tensors; its rule's bounds, ties and streams are those of all tensors, as above,
 // and streams [tensors, n]. out: [tensors], addresses.
 void consensus_apply_many(const Many& many, const ConsensusArgs& formula, const int64_t* out);

@@ -1,4 +1,7 @@
+#include <algorithm>
+
 #include "cpu/many.h"
+#include "cpu/pool.h"
 #include "cpu/rows.h"
 
 namespace fastmerge {
@@ -9,6 +12,13 @@ void consensus_apply(ConsensusArgs args) {
         ConsensusArgs mine = args;
         mine.rule = rule;
         kernels().consensus(&mine, begin, end, scratch);
+    });
+}
+
+void fused_sum(const Models& models, const float* weights, float* out) {
+    parallel((models.numel + kTieBlock - 1) / kTieBlock, [&](int64_t block, int) {
+        int64_t begin = block * kTieBlock;
+        kernels().fused_sum(&models, weights, begin, std::min(begin + kTieBlock, models.numel), out);
     });
 }
 

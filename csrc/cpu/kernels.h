@@ -141,6 +141,7 @@ struct Kernels {
 
     // consensus
     void (*consensus)(const ConsensusArgs* args, int64_t begin, int64_t end, void* scratch);
+    void (*fused_sum)(const Models* models, const float* weights, int64_t begin, int64_t end, float* out);
 
     // PCB-Merging. Scores go to out[i * stride ..]; ordered_extremes holds [pairs, 2] ordered bits; limbs hold
     // [n + pairs, 12], carried when the kernel returns.

@@ -241,6 +241,13 @@ def consensus_apply(
     _cpu.consensus_apply(reference, subtract, has_base, models, numel, code, _rule(rule), *formula, _ref(out))
 
 
+def fused_sum(tensors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+    """A chain of fused multiply-adds; see `fastmerge.ops.fused_sum`."""
+    out = torch.empty(tensors[0].numel(), dtype=torch.float32)
+    _cpu.fused_sum([_ref(x) for x in tensors], out.numel(), weights, out.data_ptr())
+    return out
+
+
 def consensus_apply_many(
     lists: Lists,
     weights: list[float],

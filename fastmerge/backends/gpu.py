@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..reference import consensus
+
 _BoundsOf = Callable[[list[Tensor], list[int], list[int]], tuple[Tensor, Tensor]]
 _INF_ORDERED, _MINUS_INF_ORDERED = 0x7F800000, -0x7F800001
 
@@ -46,6 +48,19 @@ def bounds_by_group(
         torch.stack([parts[part][0][i] for part, i in order]),
         torch.stack([parts[part][1][i] for part, i in order]),
     )
+
+
+_SUMMED_AT_ONCE = 1 << 20
+"""Elements whose float64 temporaries are held at once; a GPU must be told each step."""
+
+
+def fused_sum(tensors: list[Tensor], weights: list[float]) -> Tensor:
+    """A chain of fused multiply-adds, by the definition's own steps in blocks; see `fastmerge.ops.fused_sum`."""
+    out = torch.empty(tensors[0].numel(), dtype=torch.float32, device=tensors[0].device)
+    for start in range(0, out.numel(), _SUMMED_AT_ONCE):
+        part = slice(start, start + _SUMMED_AT_ONCE)
+        out[part] = consensus.fused_sum([x.view(-1)[part] for x in tensors], weights)
+    return out
 
 
 # -- PCB-Merging -----------------------------------------------------------------------------------------------------

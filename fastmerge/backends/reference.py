@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..reference.consensus import consensus_apply
+from ..reference.consensus import consensus_apply, fused_sum
 from ..reference.expert import expert_apply_, expert_extract, expert_revert_
 from ..reference.geometry import gram
 from ..reference.highpass import highpass
@@ -45,6 +45,7 @@ __all__ = [
     "expert_apply_",
     "expert_extract",
     "expert_revert_",
+    "fused_sum",
     "gram",
     "hashed_mask",
     "highpass",

@@ -40,11 +40,12 @@ TOP_KEYS = (
 MODEL_KEYS = ("model", "parameters")
 CONDITION_KEYS = ("filter", "value")
 DTYPES = ("float32", "bfloat16", "float16")
+_INSIDE = "or run this YAML with `fastmerge-yaml`, where mergekit sees to it"
 NOT_YET: dict[str, str] = {
-    "slices": "list whole models under `models`",
-    "modules": "list whole models under `models`",
-    "tokenizer": "remove it (the base's tokenizer is kept) and merge models that share one vocabulary",
-    "chat_template": "remove it (the base's is kept) and edit the merged model's tokenizer afterwards",
+    "slices": f"list whole models under `models`, {_INSIDE}",
+    "modules": f"list whole models under `models`, {_INSIDE}",
+    "tokenizer": f"remove it (the base's tokenizer is kept) and merge models that share one vocabulary, {_INSIDE}",
+    "chat_template": f"remove it (the base's is kept) and edit the merged model's tokenizer afterwards, {_INSIDE}",
 }
 """mergekit's keys that are known and not supported, with what to do instead."""
 
@@ -459,12 +460,12 @@ class _Reader:
         raise self.error(
             ("tokenizer_source",),
             f"`tokenizer_source: {shown}` is not supported in this version; "
-            "write base, or leave it out, and merge models that share one vocabulary.",
+            f"write base, or leave it out, and merge models that share one vocabulary, {_INSIDE}.",
         )
 
 
 _LONG_FORM = {
-    "lora": "merge the adapter into its model first (peft: merge_and_unload)",
+    "lora": f"merge the adapter into its model first (peft: merge_and_unload), {_INSIDE}",
     "override_architecture": "remove it: tensors are matched by their names",
 }
 

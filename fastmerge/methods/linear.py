@@ -12,11 +12,6 @@ from fastmerge.backends.rule import SparsifyRule
 from fastmerge.methods.base import Chunk, Known, Method, Statistic, TensorContext
 from fastmerge.methods.parameters import Finite, ParameterError, Parameters, per_model, shared
 
-_BLOCK = 1 << 17
-"""Elements summed at once: their float64 temporaries stay in the cache."""
-_GPU_BLOCK = 1 << 20
-"""The same on a GPU, which must be told each step."""
-
 
 class LinearParameters(Parameters):
     """A weight per model."""
@@ -62,36 +57,10 @@ class Linear(Method):
         parameters: Any = context.parameters
         divisor = ops.weight_sum(parameters.weight, torch.float32, context.numerics) if parameters.normalize else None
         if context.numerics == "mergekit":
-            total = fused_sum(chunk.models, parameters.weight)
+            total = ops.fused_sum(chunk.models, parameters.weight, backend=context.backend)
             _put([total], [1.0], divisor, context, out)
         else:
             _put(chunk.models, list(parameters.weight), divisor, context, out)
-
-
-def fused_sum(models: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """The weighted sum as the peer takes it: a chain of fused multiply-adds in float32, each rounded once.
-
-    float64 holds the products exactly. The sum with what came before is rounded to odd there (its last bit set where it
-    is inexact), after which rounding it to float32 is the same as rounding the exact sum.
-    """
-    total = torch.zeros(models[0].shape, dtype=torch.float32, device=models[0].device)
-    size = _BLOCK if total.device.type == "cpu" else _GPU_BLOCK
-    for start in range(0, total.numel(), size):
-        block = total[start : start + size]
-        for model, weight in zip(models, weights, strict=True):
-            factor = torch.tensor(weight, dtype=torch.float32).item()
-            product = model[start : start + size].to(torch.float32).to(torch.float64) * factor
-            before = block.to(torch.float64)
-            rounded = product + before
-            # What the addition lost (Knuth's TwoSum, exact).
-            virtual = rounded - product
-            lost = (product - (rounded - virtual)) + (before - virtual)
-            bits = rounded.view(torch.int64)
-            inexact = (lost != 0) & lost.isfinite() & (bits & 1 == 0)
-            # One step towards what was lost: away from zero where the signs agree, else towards zero.
-            step = torch.where((lost > 0) == (rounded > 0), 1, -1)
-            block.copy_(torch.where(inexact, bits + step, bits).view(torch.float64))
-    return total
 
 
 def _put(

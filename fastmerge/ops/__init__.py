@@ -17,7 +17,7 @@ from ._score_keys import (
     score_of_key,
     score_prefix,
 )
-from .consensus import consensus_apply, consensus_merge, total_divisor, weight_sum
+from .consensus import consensus_apply, consensus_merge, fused_sum, total_divisor, weight_sum
 from .expert import Expert, expert_apply_, expert_k, expert_rescale, expert_revert_, extract_expert
 from .geometry import gram
 from .highpass import highpass, highpass_plan
@@ -80,6 +80,7 @@ __all__ = [
     "expert_rescale",
     "expert_revert_",
     "extract_expert",
+    "fused_sum",
     "gram",
     "hashed_mask",
     "highest_bin",

@@ -105,6 +105,23 @@ _consensus_apply_out_op = define(
 )
 
 
+def _fused_sum(tensors: list[Tensor], weights: list[float], backend: str) -> Tensor:
+    _checks.models(None, tensors)
+    _checks.one_per_model("weights", weights, len(tensors))
+    found: Tensor = backends.resolve(backend, tensors[0].device).fused_sum(_checks.contiguous(tensors), list(weights))
+    return found
+
+
+def _fused_sum_fake(tensors: list[Tensor], weights: list[float], backend: str) -> Tensor:
+    _checks.models(None, tensors)
+    return tensors[0].new_empty(tensors[0].numel(), dtype=torch.float32)
+
+
+_fused_sum_op = define(
+    "fused_sum(Tensor[] tensors, float[] weights, str backend) -> Tensor", _fused_sum, _fused_sum_fake
+)
+
+
 # -- public ----------------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +185,19 @@ def consensus_apply(
     wide = out_dtype == torch.float64
     result: Tensor = _consensus_apply_op(*arguments, torch.float32 if wide else out_dtype, backend)
     return result.to(torch.float64) if wide else result
+
+
+def fused_sum(tensors: Sequence[Tensor], weights: Sequence[float], *, backend: str = "auto") -> Tensor:
+    """sum_i(w_i x_i) by fused multiply-adds, each rounded to float32 once: as mergekit's linear adds models up.
+
+    tensors: n tensors of one shape, float32, bfloat16 or float16, or float64 (rounded to float32 first). weights: n
+        numbers, rounded to float32. The sum starts from 0 and goes from left to right.
+    Returns float32[N], one for each element in the tensors' order.
+    Errors: ArgumentError / ArgumentTypeError, in a sentence that names the argument.
+    """
+    given = _checks.input_tensors("tensors", _checks.tensor_list("tensors", tensors))
+    found: Tensor = _fused_sum_op(given, [_checks.real("weights", w) for w in weights], backend)
+    return found
 
 
 def _default_out_dtype(base: Any, tensors: Sequence[Tensor]) -> torch.dtype:

@@ -61,6 +61,28 @@ def divisors(
     return torch.where(total == 0, 1.0, total)
 
 
+def fused_sum(tensors: list[Tensor], weights: list[float]) -> Tensor:
+    """sum_i(w_i x_i), flat float32: a chain of fused multiply-adds, each rounded once.
+
+    float64 holds the products exactly. The sum with what came before is rounded to odd there (its last bit set where it
+    is inexact), after which rounding it to float32 is the same as rounding the exact sum.
+    """
+    total = torch.zeros(tensors[0].numel(), dtype=torch.float32, device=tensors[0].device)
+    for x, weight in zip(tensors, weights):
+        product = widen(x, torch.float32).to(torch.float64) * round_scalar(weight, torch.float32)
+        before = total.to(torch.float64)
+        rounded = product + before
+        # What the addition lost (Knuth's TwoSum, exact).
+        virtual = rounded - product
+        lost = (product - (rounded - virtual)) + (before - virtual)
+        bits = rounded.view(torch.int64)
+        inexact = (lost != 0) & lost.isfinite() & (bits & 1 == 0)
+        # One step towards what was lost: away from zero where the signs agree, else towards zero.
+        step = torch.where((lost > 0) == (rounded > 0), 1, -1)
+        total = torch.where(inexact, bits + step, bits).view(torch.float64).to(torch.float32)
+    return canonical_nan(total)
+
+
 def consensus_apply(
     base: Tensor | None,
     tensors: list[Tensor],

@@ -26,22 +26,29 @@ def registry() -> dict[str, Any]:
     return _METHODS
 
 
-def merge_by_registry(case: Case, name: str | None = "w", **more: Any) -> torch.Tensor:
-    """The merge of one tensor by whatever the registry holds now. more: further parameters, by their names."""
+def merge_by_registry(case: Case, name: str | None = "w", base_place: int = 0, **more: Any) -> torch.Tensor:
+    """The merge of one tensor by whatever the registry holds now.
+
+    base_place: before which model the base is given. more: further parameters, by their names.
+    """
     parameters = {**case.parameters("lambda"), **more}
     base = None if case.method in ("linear",) else case.base
     if RELEASE == "0.1.4":
-        return _by_task(case, name, base, parameters)
+        return _by_task(case, name, base, base_place, parameters)
     from mergekit.merge_methods.base import TensorGroup
     from mergekit.merge_methods.registry import get
 
-    tensors = case.models if base is None else [base, *case.models]
-    group = TensorGroup.from_tensors(tensors, base_index=None if base is None else 0, name=name)
+    tensors = list(case.models)
+    if base is not None:
+        tensors.insert(base_place, base)
+    group = TensorGroup.from_tensors(tensors, base_index=None if base is None else base_place, name=name)
     (merged,) = get(case.method)([group], parameters=parameters)
     return merged
 
 
-def _by_task(case: Case, name: str | None, base: torch.Tensor | None, parameters: dict[str, Any]) -> torch.Tensor:
+def _by_task(
+    case: Case, name: str | None, base: torch.Tensor | None, base_place: int, parameters: dict[str, Any]
+) -> torch.Tensor:
     from mergekit.architecture import WeightInfo
     from mergekit.common import ImmutableMap, ModelReference
     from mergekit.io.tasks import GatherTensors
@@ -49,11 +56,12 @@ def _by_task(case: Case, name: str | None, base: torch.Tensor | None, parameters
 
     method = get(case.method)
     models = [ModelReference.parse(f"model{number}") for number in range(len(case.models))]
-    tensors = dict(zip(models, case.models, strict=True))
+    given = list(zip(models, case.models, strict=True))
     reference = None
     if base is not None:
         reference = ModelReference.parse("base")
-        tensors[reference] = base
+        given.insert(base_place, (reference, base))
+    tensors = dict(given)
     each = {
         model: ImmutableMap(
             {

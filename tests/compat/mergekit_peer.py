@@ -46,7 +46,7 @@ class Case:
     def parameters(self, lambda_name: str) -> dict[str, object]:
         """The parameters that the method takes, where given."""
         given: dict[str, object] = {
-            "weight": self.weight,
+            "weight": self.weight or None,
             "density": self.density or None,
             "gamma": self.gamma or None,
             "epsilon": self.epsilon or None,

@@ -86,12 +86,9 @@ def test_the_directory_is_mergekits(method, family, tmp_path, capfd):
     assert run_ours(file, ours, "--out-shard-size", "50K") == 0
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fastmerge-yaml:")]
     expected, actual = read(theirs), read(ours)
-    if (method, RELEASE) == ("linear", "0.1.5"):
-        assert "left to mergekit's own function: fused multiply-adds" in said[-1]
-    else:
-        (line,) = said
-        assert line.endswith(f": {len(expected)} by {method}")
-        assert inside.tally().merged == {method: len(expected)}
+    (line,) = said
+    assert line.endswith(f": {len(expected)} by {method}")
+    assert inside.tally().merged == {method: len(expected)}
     names = {path.name for path in theirs.iterdir()}
     assert {path.name for path in ours.iterdir()} == names
     assert len([name for name in names if name.endswith(".safetensors")]) > 1

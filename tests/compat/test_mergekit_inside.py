@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import random
 import sys
 import threading
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from tests.compat.mergekit_peer import (
     DETERMINISTIC,
     DTYPES,
     RANDOM,
+    SHAPES,
     Case,
     draw_case,
     draw_models,
@@ -27,17 +29,15 @@ from tests.compat.mergekit_peer import (
     tied_positions,
 )
 from tests.compat.test_mergekit_functions import assert_equal_outside
+from tests.compat.test_mergekit_importance import draw as draw_sce
 
 pytest.importorskip("mergekit", reason="no mergekit (the extra `peers`)")
 
 inside = integrations.mergekit
 
 NEW_API = pytest.mark.skipif(RELEASE == "0.1.4", reason="groups and batches came with mergekit 0.1.5")
-OWN_WAYS = ("mergekit 0.1.4", "fused multiply-adds")
-"""How the reasons begin for which a release computes on: 0.1.4 small tensors, 0.1.5 linear with its numbers."""
-
-KERNELS = tuple(method for method in DETERMINISTIC if (method, RELEASE) != ("linear", "0.1.5"))
-"""Methods whose values kernels give in this release's numbers."""
+OWN_WAYS = "mergekit 0.1.4"
+"""How the reasons begin for which a release computes on: 0.1.4 has ways of its own with small tensors."""
 
 
 @contextmanager
@@ -152,7 +152,7 @@ def test_without_a_seed_or_a_name_torchs_generator_says_what_is_dropped(method):
         assert not torch.equal(one, two) and not torch.equal(one, other[0])
 
 
-@pytest.mark.parametrize("method", [*KERNELS, *RANDOM])
+@pytest.mark.parametrize("method", [*DETERMINISTIC, *RANDOM])
 def test_a_random_method_that_keeps_everything_gives_mergekits_values(method):
     base, *models = draw_models(3, (24, 40), 3, torch.bfloat16, "heavy")
     case = Case(method, base, models, [0.5, -0.3, 0.9], [] if method in ("linear", "task_arithmetic") else [1.0] * 3)
@@ -194,7 +194,7 @@ def test_int8_mask_changes_nothing_as_in_mergekit():
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("method", [*KERNELS, *RANDOM])
+@pytest.mark.parametrize("method", [*DETERMINISTIC, *RANDOM])
 def test_strided_and_transposed_inputs_are_merged_and_left_as_they_were(method):
     tensors = [tensor.reshape(30, 40)[::2].T for tensor in draw_models(4, (30, 40), 2, torch.float32, "normal")]
     before = [tensor.clone() for tensor in tensors]
@@ -205,6 +205,120 @@ def test_strided_and_transposed_inputs_are_merged_and_left_as_they_were(method):
         assert torch.equal(merge_by_registry(strided), merge_by_registry(dense))
         assert inside.tally().merged == {method: 2}
     assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True))
+
+
+# -- slerp and sce, which compute in float32 here
+
+UNITS = {"slerp": 2.0, "sce": 5.0}
+"""What they may differ from mergekit's by, in units of the dtype of the largest number at that place."""
+
+
+def draw_float32(method: str, dtype: torch.dtype, seed: int) -> tuple[Case, dict[str, float], torch.Tensor]:
+    """A merge by slerp or sce, its parameter, and where mergekit's rounding decides what is selected or elected."""
+    if method == "slerp":
+        t = random.Random(seed).choice((0.0, 1.0, 0.5, 0.8125, -0.25))
+        shape = SHAPES[1:][seed % len(SHAPES[1:])]  # a number without dimensions is too much for mergekit 0.1.4
+        base, *models = draw_models(seed, shape, 1, torch.float32, "normal")
+        far = [(base + 30 * (model - base)).to(dtype) for model in models]
+        return Case(method, base.to(dtype), far, []), {"t": t}, torch.zeros(base.shape, dtype=torch.bool)
+    base, models, parameters = draw_sce("sce", dtype, seed)
+    if base.dim() == 0:  # mergekit 0.1.4 weighs those alike
+        base, models = base[None], [model[None] for model in models]
+    deltas = torch.stack([model.double() - base.double() for model in models])
+    unit = torch.finfo(dtype).eps
+    left_open = (deltas.sum(0).abs() <= len(models) * unit * deltas.abs().sum(0)) & deltas.any(0)
+    variance = deltas.var(dim=0, unbiased=False)
+    k = int(int((variance > 1e-18).sum()) * parameters["select_topk"])
+    if 0 < parameters["select_topk"] < 1 and k:
+        threshold = variance.flatten().sort(descending=True).values[k - 1]
+        left_open |= (variance - threshold).abs() <= max(2.5 * unit, 1e-3) * threshold
+    return Case(method, base, models, []), parameters, left_open
+
+
+def our_float32(case: Case, parameters: dict[str, float]) -> torch.Tensor:
+    models = [{"w": model} for model in case.models]
+    return fastmerge.merge(models, base={"w": case.base}, method=case.method, **parameters)["w"]
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("slerp", "bf16"), ("slerp", "fp16"), ("sce", "bf16"), ("sce", "f32")])
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_slerp_and_sce_are_mergekits_but_for_its_rounding(method, dtype, seed):
+    case, parameters, left_open = draw_float32(method, DTYPES[dtype], seed)
+    theirs = merge_by_registry(case, **parameters)
+    with enabled():
+        ours = merge_by_registry(case, base_place=seed % 2, **parameters)
+        assert inside.tally().merged == {method: 1}
+    assert torch.equal(ours, our_float32(case, parameters))
+    if ours.shape != theirs.shape:  # mergekit 0.1.4 broadcasts a mask that selects nothing
+        assert RELEASE == "0.1.4" and torch.equal(ours, case.base)
+        return
+    reach = torch.stack([tensor.double().abs() for tensor in (case.base, *case.models)]).amax(0)
+    allowed = UNITS[method] * torch.finfo(ours.dtype).eps * reach + 1e-9
+    if left_open.any():  # what is selected there moves the energies that weigh all of a tensor
+        allowed += 0.2 * torch.stack([(model.double() - case.base.double()).abs() for model in case.models]).amax(0)
+    wrong = ((ours.double() - theirs.double()).abs() > allowed) & ~left_open
+    assert not wrong.any(), (ours[wrong][:3], theirs[wrong][:3])
+
+
+def test_sce_in_float16_is_mergekits_unless_float32_is_asked_for():
+    base, *models = draw_models(3, (16, 24), 3, torch.float16, "normal")
+    case, parameters = Case("sce", base, models, []), {"select_topk": 0.5}
+    theirs, ours, reason = both(case, **parameters)
+    assert reason is not None and "float16" in reason
+    assert torch.equal(ours, theirs)
+    with enabled(numerics="fp32"):
+        assert torch.equal(merge_by_registry(case, **parameters), our_float32(case, parameters))
+        assert inside.tally().merged == {"sce": 1}
+
+
+def test_slerp_of_three_is_refused_by_mergekit():
+    base, *models = draw_models(3, (4, 6), 2, torch.float32, "normal")
+    with enabled(), pytest.raises((RuntimeError, ValueError)):
+        merge_by_registry(Case("slerp", base, models, []), t=0.5)
+    assert not inside.tally().merged
+
+
+@NEW_API
+def test_a_batch_of_slerps_takes_a_t_for_each_output_and_the_base_where_it_is():
+    from mergekit.merge_methods import TensorBatch, get
+
+    first, second = (draw_models(seed, (6, 8), 1, torch.float32, "normal") for seed in (1, 2))
+    batch = TensorBatch(tuple(torch.stack(pair) for pair in zip(first, second, strict=True)), base_index=1)
+    t = torch.tensor([0.25, 0.75])
+    with enabled():
+        one, two = get("slerp").merge_batch(batch, t=t)
+        assert inside.tally().merged == {"slerp": 2}
+        with pytest.raises(ValueError, match="base"):
+            get("slerp").merge_batch(TensorBatch(batch.tensors), t=t)
+        assert inside.tally().left == {("slerp", "there is no base"): 1}
+        with pytest.raises(ValueError, match="one other"):
+            get("slerp").merge_batch(TensorBatch((*batch.tensors, batch.tensors[0]), base_index=0), t=t)
+    assert torch.equal(one, our_float32(Case("slerp", first[1], first[:1], []), {"t": 0.25}))
+    assert torch.equal(two, our_float32(Case("slerp", second[1], second[:1], []), {"t": 0.75}))
+
+
+@NEW_API
+@pytest.mark.parametrize("wanted", ["a tensor", "t"])
+def test_gradients_of_slerp_are_mergekits_own(wanted):
+    from mergekit.merge_methods import TensorBatch, get
+
+    tensors = [one[None] for one in draw_models(6, (5, 7), 1, torch.float32, "normal")]
+    t = torch.tensor([0.25], requires_grad=wanted == "t")
+    tensors[1].requires_grad_(wanted != "t")
+    with enabled():
+        get("slerp").merge_batch(TensorBatch(tuple(tensors), base_index=0), t=t).sum().backward()
+        assert inside.tally().left == {("slerp", "gradients are wanted"): 1}
+    assert (t if wanted == "t" else tensors[1]).grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(RELEASE != "0.1.4", reason="mergekit 0.1.5 brings all tensors to one dtype")
+@pytest.mark.parametrize(("method", "parameters"), [("slerp", {"t": 0.3}), ("sce", {"select_topk": 0.5})])
+def test_dtypes_that_differ_are_widened_by_mergekit(method, parameters):
+    base, *models = draw_models(6, (5, 7), 1 if method == "slerp" else 2, torch.float32, "normal")
+    theirs, ours, reason = both(Case(method, base.bfloat16(), models, []), **parameters)
+    assert reason == "dtypes differ"
+    assert torch.equal(ours, theirs)
 
 
 # -- what is left to mergekit
@@ -346,7 +460,7 @@ def test_the_kernel_of_batches_may_be_called_by_itself():
     theirs = get("linear").merge_batch(batch, weight=weight)
     with enabled():
         assert torch.equal(get("linear").merge_batch(batch, weight=weight), theirs)
-        assert not inside.tally().merged
+        assert inside.tally().merged == {"linear": 2} and not inside.tally().left
     with enabled(numerics="fp32"):
         one, two = get("linear").merge_batch(batch, weight=weight)
         assert inside.tally().merged == {"linear": 2} and not inside.tally().left
@@ -542,7 +656,7 @@ def test_disable_puts_the_very_objects_back():
     during = places()
     assert list(during)[: len(registry()) - 2] == list(before)[: len(registry()) - 2]
     changed = {name for name in before if during[name] is not before[name]}
-    assert changed == {*DETERMINISTIC, *RANDOM, *(f"sparsify.{name}" for name in FUNCTIONS)}
+    assert changed == {*DETERMINISTIC, *RANDOM, "slerp", "sce", *(f"sparsify.{name}" for name in FUNCTIONS)}
     assert set(during) - set(before) == {"pcb", "fr"}
     inside.enable(numerics="fp32", seed=4)
     again = places()
@@ -576,7 +690,7 @@ def test_what_somebody_else_put_over_ours_stays_and_ours_beneath_gives_way():
 
 
 def test_threads_may_merge_at_once():
-    cases = [plain_case(method, number) for number, method in enumerate((*KERNELS, *RANDOM) * 3)]
+    cases = [plain_case(method, number) for number, method in enumerate((*DETERMINISTIC, *RANDOM) * 3)]
     with enabled():
         expected = [merge_by_registry(case) for case in cases]
         results: list[list[torch.Tensor]] = [[] for _ in range(4)]

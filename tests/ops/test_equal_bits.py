@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmerge import ops
+from fastmerge.backends import gpu
 from fastmerge.backends.rule import SparsifyRule
 from fastmerge.reference import random
 from tests import strategies
 from tests.numeric import assert_bitwise_equal, poison_
-from tests.ops.running import configurations, each_backend, only
+from tests.ops.running import FAST, configurations, each_backend, only
 
 
 @each_backend
@@ -249,6 +250,44 @@ def test_consensus_apply(backend: str, data: st.DataObject) -> None:
     assert_bitwise_equal(out, expected)
     untouched[shift : shift + models.numel] = out.reshape(-1)
     assert_bitwise_equal(guarded, untouched)
+
+
+@each_backend
+@given(data=st.data())
+def test_fused_sum(backend: str, data: st.DataObject) -> None:
+    data.draw(configurations(backend))
+    # On GPUs it is the definition's own steps, in blocks: see below.
+    models = data.draw(strategies.models(blocks=backend == "cpu"))
+    weight = [data.draw(st.one_of(weights, st.sampled_from((0.0, -0.0, 1e38)))) for _ in models.tensors]
+    expected = ops.fused_sum(models.tensors, weight, backend="reference")
+    with only(backend, "fused_sum"):
+        actual = ops.fused_sum(models.tensors, weight, backend=backend)
+    assert_bitwise_equal(actual, expected)
+
+
+UNIT = 2.0**-23
+HALFWAY = [(1 + UNIT, (1 - UNIT) * UNIT / 2), (1 + 2.0**-11, (1 - 2.0**-11 + 2.0**-22) * UNIT / 2)]
+"""Factors whose product is next to half a unit of 1, below it and above it, nearer than float64 tells beside a 1."""
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_a_fused_multiply_add_is_rounded_once(backend: str) -> None:
+    (low, low_weight), (high, high_weight) = HALFWAY
+    first = torch.tensor([1.0, 1 + UNIT, -1.0, -1 - UNIT] * 7)
+    sign = torch.tensor([1.0, 1.0, -1.0, -1.0] * 7)
+    below = ops.fused_sum([first, low * sign], [1.0, low_weight], backend=backend)
+    above = ops.fused_sum([first, high * sign], [1.0, high_weight], backend=backend)
+    less = ops.fused_sum([first, -low * sign], [1.0, low_weight], backend=backend)
+    assert_bitwise_equal(below, first)
+    assert_bitwise_equal(above, torch.tensor([1 + UNIT, 1 + 2 * UNIT, -1 - UNIT, -1 - 2 * UNIT] * 7))
+    assert_bitwise_equal(less, torch.tensor([1 - UNIT / 2, 1 + UNIT, -1 + UNIT / 2, -1 - UNIT] * 7))
+
+
+def test_a_sum_on_a_gpu_is_made_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [torch.randn(1000, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    expected = ops.fused_sum(models, [0.3, -0.7, 1.9], backend="reference")
+    monkeypatch.setattr(gpu, "_SUMMED_AT_ONCE", 77)
+    assert_bitwise_equal(gpu.fused_sum(models, [0.3, -0.7, 1.9]), expected)
 
 
 @each_backend

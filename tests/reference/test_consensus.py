@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -155,6 +156,25 @@ def test_zero_sign_decides_where_the_votes_cancel(zero_sign: str, expected: floa
     deltas = [torch.tensor([3.0]), torch.tensor([-3.0])]
     merged = ops.consensus_merge(None, deltas, 1.0, inputs="deltas", zero_sign=zero_sign, backend="reference")
     assert merged.tolist() == [expected]
+
+
+def rounded_once(value: Fraction) -> float:
+    """The nearest float32, of two as near the one whose last bit is 0."""
+    guess = f32(float(value))
+    candidates = [guess, np.nextafter(guess, f32(np.inf)), np.nextafter(guess, f32(-np.inf))]
+    return float(min(candidates, key=lambda c: (abs(Fraction(float(c)) - value), int(c.view(np.uint32)) & 1)))
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_a_fused_sum_is_rounded_once_at_each_step(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    models = [torch.randn(12, generator=generator) * 10.0 ** ((seed >> 4 * i) % 12 - 6) for i in range(4)]
+    weights = torch.randn(4, generator=generator, dtype=torch.float64).tolist()
+    expected = [0.0] * 12
+    for model, weight in zip(models, weights, strict=True):
+        terms = [Fraction(x) * Fraction(float(f32(weight))) for x in model.tolist()]
+        expected = [rounded_once(Fraction(total) + term) for total, term in zip(expected, terms, strict=True)]
+    assert ops.fused_sum(models, weights, backend="reference").tolist() == expected
 
 
 def test_scale_and_rule_are_per_model() -> None:

@@ -3,6 +3,7 @@
 #include "fastmerge/consensus.h"
 
 #include "cpu/kernels/sparsify_rows.h"
+#include "fastmerge/fused.h"
 
 FM_NAMESPACE_BEGIN
 namespace {
@@ -240,9 +241,26 @@ void consensus(const ConsensusArgs* args, int64_t begin, int64_t end, void* scra
     }
 }
 
+void fused_sum(const cpu::Models* models, const float* weights, int64_t begin, int64_t end, float* out) {
+    float x[kTile], total[kTile];
+    for (int64_t at = begin; at < end; at += kTile) {
+        int count = static_cast<int>(smaller(kTile, end - at));
+        for (int t = 0; t < count; ++t) total[t] = 0.0f;
+        for (int32_t m = 0; m < models->count; ++m) {
+            load_tile(models->models[m], at, count, x);
+            float factor = weights[m];
+            for (int t = 0; t < count; ++t) total[t] = multiplied_and_added(total[t], x[t], factor);
+        }
+        store_tile(out, kFloat32, at, count, total);
+    }
+}
+
 }  // namespace
 
-void fill_consensus(cpu::Kernels& table) { table.consensus = consensus; }
+void fill_consensus(cpu::Kernels& table) {
+    table.consensus = consensus;
+    table.fused_sum = fused_sum;
+}
 
 FM_NAMESPACE_END
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ..gpu import fused_sum
 from ..rule import TIE_BLOCK
 from .consensus import consensus_apply, consensus_apply_many
 from .expert import expert_apply_, expert_extract, expert_revert_
@@ -59,6 +60,7 @@ __all__ = [
     "expert_apply_",
     "expert_extract",
     "expert_revert_",
+    "fused_sum",
     "gram",
     "hashed_mask",
     "highpass",

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from ...reference.expert import expert_extract
+from ..gpu import fused_sum
 from .consensus import consensus_apply, consensus_apply_many
 from .expert import expert_apply_, expert_revert_
 from .geometry import gram
@@ -61,6 +62,7 @@ __all__ = [
     "expert_apply_",
     "expert_extract",
     "expert_revert_",
+    "fused_sum",
     "gram",
     "hashed_mask",
     "highpass",

@@ -18,10 +18,10 @@ from torch.autograd import forward_ad
 
 from fastmerge import backends, methods, ops
 from fastmerge.engine.at_once import merge_at_once
-from fastmerge.errors import BackendError
-from fastmerge.methods.base import Method, MethodWithoutPeer, TensorContext
+from fastmerge.errors import ArgumentError, BackendError
+from fastmerge.integrations.mergekit.methods import numerics_of, underflows
+from fastmerge.methods.base import Method, TensorContext
 from fastmerge.methods.consensus import ConsensusMethod
-from fastmerge.methods.parameters import ParameterError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_MODELS = 4096
@@ -198,7 +198,9 @@ def merge_group(
         raise LeftToPeer("no model besides the base")
     everyone = models if base is None else [base, *models]
     check_tensors(everyone, settings)
-    numerics = "fp32" if isinstance(method, MethodWithoutPeer) else settings.numerics
+    if underflows(method, models[0].dtype, settings.numerics):
+        raise LeftToPeer("mergekit's own numbers vanish in float16, with numerics fp32 there are others")
+    numerics = numerics_of(method, settings.numerics)
     per_model = [
         {key: _clamped(value) if key == "density" else value for key, value in given.items()} for given in per_model
     ]
@@ -216,7 +218,8 @@ def merge_group(
             device=str(models[0].device),
         )
         method.check(replace(context, name=_SOME), labels)
-    except ParameterError as error:
+        method.check_count(len(models))
+    except ArgumentError as error:
         raise LeftToPeer(str(error)) from None
     began = time.perf_counter()
     if has_nonfinite(everyone, settings.backend):

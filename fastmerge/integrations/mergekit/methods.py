@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import AfterValidator, Field
 
 from fastmerge import methods
+from fastmerge.methods.base import Method, MethodInFloat32, MethodWithoutPeer
+from fastmerge.methods.geometry import GeometricMethod
 from fastmerge.methods.parameters import Parameter
 
 REPLACED = (
@@ -19,11 +22,27 @@ REPLACED = (
     "breadcrumbs_ties",
     "della",
     "della_linear",
+    "slerp",
+    "sce",
 )
 """Methods of mergekit's that are computed here. To take in one more, which has the same name and parameters: a line."""
 
+_UNDERFLOWING = ("sce",)
+"""Methods whose small intermediate results vanish in float16 as mergekit computes them."""
+
 ADDED = ("pcb", "fr")
 """Methods of ours that mergekit has not, under their own names."""
+
+
+def numerics_of(method: Method, asked: str) -> str:
+    """The numbers by which a method is merged: "fp32" for those that have no others here, else what was asked for."""
+    always = (MethodWithoutPeer, MethodInFloat32, GeometricMethod)
+    return "fp32" if isinstance(method, always) else asked
+
+
+def underflows(method: Method, dtype: torch.dtype, asked: str) -> bool:
+    """Whether mergekit's own numbers, which were asked for, are made of what has vanished in the models' dtype."""
+    return asked == "mergekit" and dtype == torch.float16 and method.name in _UNDERFLOWING
 
 
 def offered(name: str) -> dict[str, Parameter]:

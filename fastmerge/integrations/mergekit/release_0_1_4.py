@@ -29,6 +29,8 @@ from fastmerge.methods.base import Chunk, Known, Method, TensorContext
 from fastmerge.methods.linear import Linear
 
 VERSION = "0.1.4"
+_PROMOTING = ("slerp", "sce")
+"""Methods that widen tensors of different dtypes in this release, where the others round them to the base's."""
 
 
 def patches() -> list[Patch]:
@@ -216,6 +218,10 @@ class MergeInsideTask(Task[torch.Tensor]):
             base = None if self.base_model is None else tensors.get(self.base_model)
             if base is None:
                 raise LeftToPeer("there is no base")
+        if self.method_name in _PROMOTING and len({tensor.dtype for tensor in tensors.values()}) > 1:
+            raise LeftToPeer("dtypes differ")
+        if self.method_name == "sce" and base is not None and base.dim() == 0:
+            raise LeftToPeer("mergekit 0.1.4 weighs models of one number alike")
         models = [model for model in tensors if base is None or model != self.base_model]
         each = [dict(self.tensor_parameters[model].items()) for model in models]
         dtype = _meeting([tensors[model] for model in models]) if base is None else base.dtype

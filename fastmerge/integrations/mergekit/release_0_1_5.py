@@ -26,7 +26,6 @@ from fastmerge.integrations.mergekit.methods import ADDED, REPLACED, default_of,
 from fastmerge.integrations.mergekit.patches import MergekitError, Patch, check_parameters, refusal
 from fastmerge.integrations.mergekit.sparsification import sparsification_patches
 from fastmerge.methods.base import Method
-from fastmerge.methods.linear import Linear
 
 VERSION = "0.1.5"
 
@@ -105,7 +104,6 @@ class _BatchInside(BatchedMergeMethod):
         settings = SWITCH.settings
         if settings is not None:
             try:
-                self._check_numbers(settings)
                 outputs = [
                     self._merge_one(batch, index, parameters, settings) for index in range(batch.tensors[0].shape[0])
                 ]
@@ -114,11 +112,6 @@ class _BatchInside(BatchedMergeMethod):
                 count_left(self.method.name, str(reason))
         merged: torch.Tensor = self.inner.implementation(batch, **parameters)
         return merged
-
-    def _check_numbers(self, settings: Settings) -> None:
-        """Fused multiply-adds are emulated in fastmerge: exactly, and slower than mergekit's own are."""
-        if isinstance(self.method, Linear) and settings.numerics == "mergekit":
-            raise LeftToPeer("fused multiply-adds, with numerics fp32 there are none")
 
     def _merge_one(
         self, batch: TensorBatch, index: int, parameters: dict[str, Any], settings: Settings
