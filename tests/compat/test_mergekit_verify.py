@@ -20,6 +20,13 @@ from tests.engine.small_family import family, save_family
 
 pytest.importorskip("mergekit", reason="no mergekit (the extra `peers`): there is nothing to verify against")
 
+from tests.compat.mergekit_calls import RELEASE
+
+if RELEASE != "0.1.5":
+    pytest.skip(
+        "these are 0.1.5's numbers; of 0.1.4 `fastmerge verify` says what it does otherwise", allow_module_level=True
+    )
+
 from fastmerge.integrations import mergekit as inside
 from fastmerge.integrations.mergekit import peer as peers
 from fastmerge.integrations.mergekit import verify as verifying
@@ -265,6 +272,13 @@ def test_a_tensor_that_mergekit_refuses_is_not_compared(families, monkeypatch) -
     report = verify(config("ties", families["bfloat16"]))
     assert report.rows[-1].refused == "ValueError: no norms" and report.rows[-1].found.elements == 0
     assert report.wrong == [] and report.why_not is None
+    shaped = lambda self, method, group, values, dtype: torch.zeros(3)  # noqa: E731
+    monkeypatch.setattr(peers._Release015, "merge", shaped)
+    assert (
+        verify(config("ties", families["bfloat16"])).rows[0].refused
+        == "ValueError: its ties gives a tensor of shape [3]"
+    )
+    monkeypatch.setattr(peers._Release015, "merge", refuse)
     monkeypatch.setattr(verifying, "sample", lambda jobs, count, seed: jobs[-1:])
     assert "mergekit merges none of these tensors: ValueError" in str(
         verify(config("ties", families["bfloat16"])).why_not
@@ -320,6 +334,19 @@ def test_only_elements_that_equal_the_threshold_are_open() -> None:
     assert (found.differ, found.wrong, found.reasons) == (3, 1, {"ties": 2, agreement.UNEXPLAINED: 1})
     whole = case(values=case().values | {"density": [0.5]})
     assert not agreement.tied(whole).any()
+
+
+def test_what_another_release_does_otherwise_is_not_judged() -> None:
+    ours, theirs = torch.ones(6), torch.zeros(6)
+    assert agreement.compare(case(otherwise=True), ours, theirs, theirs).reasons == {"release": 6}
+    old = peers._Release014.__new__(peers._Release014)
+    group = peers.Group("w", ("a", "b"), (torch.zeros(50), torch.ones(50)), True)
+    outliers = {"density": [0.5], "gamma": [0.02]}
+    assert not old.does_otherwise("breadcrumbs", group, outliers, "fp32")
+    assert old.does_otherwise("breadcrumbs_ties", group, outliers | {"gamma": [0.01]}, "fp32")
+    assert not old.does_otherwise("breadcrumbs", group, {"density": [1.0], "gamma": [0.01]}, "fp32")
+    assert old.does_otherwise("linear", group, {}, "mergekit") and not old.does_otherwise("linear", group, {}, "fp32")
+    assert not old.does_otherwise("ties", group, outliers, "mergekit")
 
 
 def test_units_of_the_last_place() -> None:

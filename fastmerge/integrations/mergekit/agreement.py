@@ -39,6 +39,7 @@ REASONS: Mapping[str, str] = {
     "fused": "mergekit adds by fused multiply-adds, and what is added here is rounded first",
     "accuracy": "the last digits of float32",
     "edge": "so near a threshold, or vectors so nearly opposite, that rounding decides",
+    "release": "this release of mergekit computes it otherwise than 0.1.5, which is followed here",
     "draws": "other elements are dropped at random; compared are the merge with nothing dropped, and what each keeps",
 }
 """Why elements differ that may."""
@@ -55,7 +56,8 @@ _MOST_SUBSETS = 10
 class Case:
     """One tensor's merge. tensors: the base first if there is one. values: mergekit's, see `peer.Values`.
 
-    compute: the dtype in which mergekit merges them.
+    compute: the dtype in which mergekit merges them. otherwise: whether this release of mergekit merges them in another
+    way than the one whose numbers are followed.
     """
 
     method: str
@@ -64,6 +66,7 @@ class Case:
     has_base: bool
     values: Mapping[str, Any]
     compute: torch.dtype
+    otherwise: bool = False
 
     @property
     def base(self) -> Tensor | None:
@@ -230,6 +233,8 @@ def _strength(case: Case) -> float:
 
 def open_places(case: Case, theirs: Tensor) -> dict[str, Tensor]:
     """Elements of which nothing is known, by reason: flat masks. theirs: what mergekit writes, flat."""
+    if case.otherwise:
+        return {"release": torch.ones(theirs.shape, dtype=torch.bool)}
     found = {}
     if case.method in MAGNITUDES:
         found["ties"] = tied(case)

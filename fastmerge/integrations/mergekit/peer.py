@@ -50,6 +50,9 @@ class Peer(Protocol):
     def merge(self, method: str, group: Group, values: Values, dtype: torch.dtype | None) -> torch.Tensor:
         """The group merged by mergekit's own function, in `dtype`; None for the one in which the inputs meet."""
 
+    def does_otherwise(self, method: str, group: Group, values: Values, numerics: str) -> bool:
+        """Whether this release merges the group in another way than 0.1.5, whose numbers fastmerge follows."""
+
 
 def open_peer(config: MergeConfig) -> Peer:
     """The release that is installed, and what it reads out of a config.
@@ -125,6 +128,9 @@ class _Release015:
         (merged,) = registry.get(method)([made], parameters=values, dtype=dtype)
         return torch.as_tensor(merged)
 
+    def does_otherwise(self, method: str, group: Group, values: Values, numerics: str) -> bool:
+        return False
+
 
 class _Release014:
     """mergekit 0.1.4, whose methods make a task for each tensor."""
@@ -184,6 +190,18 @@ class _Release014:
             base_model=models[0] if group.has_base else None,
         )
         return torch.as_tensor(task.execute(tensors=dict(zip(models, brought, strict=True))))
+
+    def does_otherwise(self, method: str, group: Group, values: Values, numerics: str) -> bool:
+        if method == "linear":
+            return numerics == "mergekit"  # It rounds to the inputs' dtype, and without fused multiply-adds.
+        if method not in ("breadcrumbs", "breadcrumbs_ties"):
+            return False
+        numel = group.tensors[0].numel()
+        # A delta that has no outliers to drop becomes zeros there.
+        return any(
+            density < 1 and min(int(gamma * numel), numel - int(density * numel)) <= 0
+            for density, gamma in zip(values["density"], values["gamma"], strict=True)
+        )
 
 
 def _settings(config: MergeConfig) -> tuple[Any, dict[str, Any]]:

@@ -309,7 +309,15 @@ class _Comparer:
             drops = [float(density) < 1 for density in values.get("density", ())]
             draws = method in agreement.RANDOM and any(drops)
             judged = {**values, "density": [1.0] * len(drops), "rescale": False} if draws else values
-            case = Case(method, self.plan.numerics, tensors, group.has_base, judged, self._peers_dtype(tensors))
+            case = Case(
+                method,
+                self.plan.numerics,
+                tensors,
+                group.has_base,
+                judged,
+                self._peers_dtype(tensors),
+                self.peer.does_otherwise(method, group, values, self.plan.numerics),
+            )
             seen, judge = self._theirs(group, case)
         except MergekitError:
             raise
@@ -349,11 +357,17 @@ class _Comparer:
         """What mergekit's command would write but for out_dtype, and what its function gives for the comparison."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(self.seed)
-            seen = self.peer.merge(case.method, group, case.values, self.dtype)
+            seen = self._merged(group, case, self.dtype)
             if case.judged_in == case.compute:
                 return seen, seen
             wide = dataclasses.replace(group, tensors=tuple(tensor.to(case.judged_in) for tensor in group.tensors))
-            return seen, self.peer.merge(case.method, wide, case.values, case.judged_in)
+            return seen, self._merged(wide, case, case.judged_in)
+
+    def _merged(self, group: Group, case: Case, dtype: torch.dtype | None) -> Tensor:
+        merged = self.peer.merge(case.method, group, case.values, dtype)
+        if merged.shape != group.tensors[0].shape:
+            raise ValueError(f"its {case.method} gives a tensor of shape {list(merged.shape)}")
+        return merged
 
     def _ours(
         self, group: Group, shared: Mapping[str, Any], each: Sequence[Mapping[str, Any]], **others: Any
