@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from fastmerge import cli_expert
+from fastmerge import cli_expert, cli_verify
 from fastmerge.errors import ArgumentError, FastmergeError, MergeError
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ def run(arguments: list[str]) -> int:
         0 done, 1 the merge failed, 2 the command line, config or a checkpoint's header is wrong, 130 Ctrl-C,
         143 SIGTERM.
     """
-    as_json = "--json" in arguments
+    # The --json of `verify` names a file, and what goes wrong is told as elsewhere without it.
+    as_json = "--json" in arguments and arguments[0] != "verify"
     try:
         with _signals_as_exceptions():
             code = app(arguments, prog_name="fastmerge", standalone_mode=False)
@@ -563,6 +564,7 @@ def _guarded(work: Callable[[], None], as_json: bool) -> int:
 
 
 cli_expert.add_to(app, _guarded, _import_quietly)
+cli_verify.add_to(app, _guarded, _import_quietly)
 
 
 def _complain(message: str, code: int, as_json: bool, *, shown: bool = False) -> int:

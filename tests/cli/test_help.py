@@ -36,6 +36,8 @@ def test_help_answers_at_once(arguments: list[str]) -> None:
         ["expert", "--help"],
         ["expert", "extract", "a", "b", "-o", "c", "--keep", "2"],
         ["expert", "apply", "a", "b", "-o", "c", "--shard-size", "x"],
+        ["verify", "--help"],
+        ["verify", "no.yml"],
     ],
 )
 def test_neither_help_nor_a_wrong_command_line_imports_torch(arguments: list[str]) -> None:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 RUN = ("python", "pycon", "yaml", "console")
 """Languages of blocks that the tests run. Of YAML only what names itself: `# ties.yml` in the first line."""
-TOOLS = {"mergekit": "mergekit"}
+TOOLS = {"mergekit": "mergekit", "migration": "mergekit"}
 """Pages about a tool that fastmerge plugs into, and the package without which their blocks cannot run."""
 SHOWN = ("sh", "text")
 """Languages of blocks that are only shown: commands that need a network, an installation or minutes."""

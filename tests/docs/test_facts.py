@@ -178,3 +178,65 @@ class TestTheFourTies:
 def test_no_figure_is_left_to_be_filled_in() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         assert "@@" not in page.read_text(encoding="utf-8"), f"{page.name} holds a @@token@@"
+
+
+def cells_of(page: str, heading: str) -> list[list[str]]:
+    """The rows of the first table under a heading, without its head."""
+    lines = text(page).split(f"\n## {heading}\n")[1].split("\n## ")[0].splitlines()
+    rows = [re.split(r"(?<!\\)\|", line.strip("|")) for line in lines if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def code(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def test_the_migration_page_has_each_flag_of_mergekits_command_and_a_counterpart_that_is_there() -> None:
+    peer = pytest.importorskip("mergekit.scripts.run_yaml", reason="no mergekit (the extra `peers`)")
+    import typer
+
+    from fastmerge.cli import app
+
+    theirs = {name for parameter in peer.main.params for name in parameter.opts if name.startswith("-")}
+    command = typer.main.get_command(app).commands["merge"]  # type: ignore[attr-defined]
+    ours = {name for parameter in command.params for name in parameter.opts}
+    rows = cells_of("migration.md", "Flags")
+    assert sorted(flag for row in rows for flag in code(row[0])) == sorted(theirs)
+    assert {flag for row in rows for flag in code(row[1])} <= ours
+    assert all(code(row[1]) or row[1] == "none" for row in rows)
+    after = text("migration.md").split("\n## Methods\n")[0].splitlines()[-1]
+    named = {flag for row in rows for flag in code(row[1])} | {*code(after)}
+    assert ours - named == {"config", "out"}
+
+
+def test_the_migration_page_has_each_method_with_the_parameters_of_both() -> None:
+    registry = pytest.importorskip("mergekit.merge_methods.registry", reason="no mergekit (the extra `peers`)")
+    rows = {code(row[0])[0]: row for row in cells_of("migration.md", "Methods")}
+    theirs = {name: {each.name for each in method.spec.parameters} for name, method in registry._METHODS.items()}
+    assert set(rows) == {*methods.names(), *theirs}
+    for name, (_, both, only, why) in rows.items():
+        known = list(methods.parameters(name))
+        peers = theirs.get(name, set())
+        assert both == (", ".join(each for each in known if each in peers) or "-"), name
+        assert only == (", ".join(each for each in known if each not in peers) or "-"), name
+        assert peers <= set(known), name
+        assert (why == "mergekit has no such method") == (name not in theirs)
+
+
+def test_the_migration_page_has_every_command_of_mergekit_and_every_option_of_verify() -> None:
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    import typer
+
+    from fastmerge.cli import app
+
+    verify = typer.main.get_command(app).commands["verify"]  # type: ignore[attr-defined]
+    options = {name for parameter in verify.params for name in parameter.opts if name.startswith("--")}
+    rows = cells_of("migration.md", "verify")
+    assert {flag.split()[0] for row in rows for flag in code(row[0])} == options
+    try:
+        scripts = distribution("mergekit").entry_points.select(group="console_scripts")
+    except PackageNotFoundError:
+        pytest.skip("no mergekit (the extra `peers`)")
+    named = {name for row in cells_of("migration.md", "Commands") for name in code(row[0])}
+    assert named == {script.name for script in scripts}

@@ -108,6 +108,13 @@ inline void merge_elected(const ConsensusArgs& args, int count, const float* row
                 mixed[t] = mixed[t] + (part ? row[t] : 0.0f);
                 shares[t] = shares[t] + (part ? share : 0.0f);
             }
+        } else if (compute == kFloat32) {  // by itself, because a product that may be rounded is not vectorised
+            for (int t = 0; t < count; ++t) {
+                bool part = takes_part(row[t], elected[t]);
+                float value = row[t] * weight;
+                mixed[t] = mixed[t] + (part ? value : 0.0f);
+                shares[t] = shares[t] + (part ? share : 0.0f);
+            }
         } else {
             for (int t = 0; t < count; ++t) {
                 bool part = takes_part(row[t], elected[t]);
@@ -120,18 +127,18 @@ inline void merge_elected(const ConsensusArgs& args, int count, const float* row
     round_tile(compute, count, mixed);
 }
 
-// The usual case in one loop, with the models' values in registers: a weighted election and float32 throughout.
-// Divides, too, where the divisor is the sum of the weights that took part.
-template <int kModels>
-inline void merge_weighted(const ConsensusArgs& args, int count, const float* __restrict rows,
-                           float* __restrict mixed) {
+// The usual cases in one loop, with the models' values in registers: weighted or plain deltas vote, float32 throughout.
+// Divides, too, where the divisor is the sum of the weights that took part. kWeighed: the rows are weighted already.
+template <int kModels, bool kWeighed>
+inline void merge_voted(const ConsensusArgs& args, int count, const float* __restrict rows, float* __restrict mixed) {
     float zero_sign = args.zero_sign;
     bool divide = args.divisor == kDivideWeights || args.divisor == kDivideCount;
     const float* row[kModels];
-    float weight[kModels];
+    float weight[kModels], counted[kModels];
     for (int i = 0; i < kModels; ++i) {
         row[i] = rows + static_cast<int64_t>(i) * kTile;
-        weight[i] = args.divisor == kDivideCount ? 1.0f : args.weights[i];
+        weight[i] = args.weights[i];
+        counted[i] = args.divisor == kDivideCount ? 1.0f : weight[i];
     }
     for (int64_t t = 0; t < count; ++t) {
         float x[kModels];
@@ -142,30 +149,36 @@ inline void merge_weighted(const ConsensusArgs& args, int count, const float* __
         float total = 0.0f, share = 0.0f;
         for (int i = 0; i < kModels; ++i) {
             bool part = takes_part(x[i], elected);
-            total = total + (part ? x[i] : 0.0f);
-            share = share + (part ? weight[i] : 0.0f);
+            float value = kWeighed ? x[i] : x[i] * weight[i];
+            total = total + (part ? value : 0.0f);
+            share = share + (part ? counted[i] : 0.0f);
         }
         float divisor = !divide || share == 0.0f ? 1.0f : share;
         mixed[t] = total / divisor;
     }
 }
 
-inline bool merge_in_one_loop(const ConsensusArgs& args, int count, const float* rows, float* mixed) {
-    if (args.election != kElectWeighted || args.models.compute != kFloat32 || args.divisor == kDivideValue)
-        return false;
+template <bool kWeighed>
+inline bool merge_few(const ConsensusArgs& args, int count, const float* rows, float* mixed) {
     switch (args.models.count) {
         case 2:
-            merge_weighted<2>(args, count, rows, mixed);
+            merge_voted<2, kWeighed>(args, count, rows, mixed);
             return true;
         case 3:
-            merge_weighted<3>(args, count, rows, mixed);
+            merge_voted<3, kWeighed>(args, count, rows, mixed);
             return true;
         case 4:
-            merge_weighted<4>(args, count, rows, mixed);
+            merge_voted<4, kWeighed>(args, count, rows, mixed);
             return true;
         default:
             return false;
     }
+}
+
+inline bool merge_in_one_loop(const ConsensusArgs& args, int count, const float* rows, float* mixed) {
+    if (args.models.compute != kFloat32 || args.divisor == kDivideValue) return false;
+    if (args.election == kElectWeighted) return merge_few<true>(args, count, rows, mixed);
+    return args.election == kElectTotal && merge_few<false>(args, count, rows, mixed);
 }
 
 inline void divide_tile(const ConsensusArgs& args, int count, float* __restrict shares, float* __restrict mixed) {
