@@ -1,7 +1,8 @@
 """PEFT's add_weighted_adapter with and without fastmerge inside, on LoRA adapters of a model of 1B parameters.
 
 Both sides run in this process, in turn, on the same adapters; medians are compared. The SVD routes of PEFT take minutes
-for one decoder layer, so they run on models of `--svd-layers` layers of the same shape, once, and ours on the same.
+for one decoder layer, so they run on models of `--svd-layers` layers of the same shape, with `--svd-projections` of
+them, once, and ours on the same.
 Every row carries its check: factors element by element; for `svd` the product of factors, for SVDs of dense matrices
 the singular values; for random routes the share that is kept, and with an SVD how much of the matrix is.
 """
@@ -23,6 +24,7 @@ from measure import environment
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fastmerge.backends import cpu
 from fastmerge.integrations import peft as inside
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -37,7 +39,7 @@ SHAPES = {
 }
 
 
-def make_model(shape: str, layers: int, rank: int) -> Any:
+def make_model(shape: str, layers: int, rank: int, projections: list[str] = PROJECTIONS) -> Any:
     """A model with three adapters. Its own weights are never touched, and take no memory."""
     hidden, intermediate, heads, vocabulary = SHAPES[shape]
     config = LlamaConfig(
@@ -53,7 +55,7 @@ def make_model(shape: str, layers: int, rank: int) -> Any:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=PROJECTIONS)
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=projections)
     model = get_peft_model(model, lora, adapter_name=ADAPTERS[0])
     for name in ADAPTERS[1:]:
         model.add_adapter(name, lora)
@@ -163,7 +165,7 @@ def row(model: Any, kind: str, density: float, repeats: int) -> dict[str, Any]:
     medians = {side: statistics.median(times) for side, times in seconds.items()}
     return {
         "route": kind,
-        "layers": len(found["peft"]) // len(PROJECTIONS),
+        "matrices": len(found["peft"]),
         "seconds": seconds,
         "medians": medians,
         "ratio": medians["peft"] / medians["fastmerge"],
@@ -173,13 +175,14 @@ def row(model: Any, kind: str, density: float, repeats: int) -> dict[str, Any]:
     }
 
 
-def bookkeeping(model: Any, repeats: int) -> float:
-    """Median seconds of what PEFT does around the merge, which fastmerge does not replace: layers merge to nothing."""
+def bookkeeping(model: Any, repeats: int, enabled: bool) -> float:
+    """Median seconds of what is done around the merge, by PEFT alone or within fastmerge: layers merge to nothing."""
     from peft.tuners.lora.model import LoraModel
 
     name = "_generalized_task_arithmetic_weighted_adapter"
-    inside.enable()
-    ours = LoraModel.__dict__[name]
+    if enabled:
+        inside.enable()
+    method = LoraModel.__dict__[name]
 
     def nothing(self: Any, kind: str, adapters: list[str], weights: list[float], target: Any, *rest: Any) -> Any:
         return [getattr(target, side)[adapters[0]].weight.data for side in ("lora_A", "lora_B")]
@@ -188,33 +191,38 @@ def bookkeeping(model: Any, repeats: int) -> float:
     try:
         return statistics.median(merge(model, "ties", {"density": 0.5}) for _ in range(repeats))
     finally:
-        setattr(LoraModel, name, ours)
+        setattr(LoraModel, name, method)
         inside.disable()
 
 
 def show(one: dict[str, Any]) -> None:
     speed = f"{one['ratio']:8.1f}" if one["right"] else "   WRONG"
     print(
-        f"{one['route']:20} {one['layers']:6} {one['medians']['peft']:10.3f} {one['medians']['fastmerge']:10.3f} "
+        f"{one['route']:20} {one['matrices']:8} {one['medians']['peft']:10.3f} {one['medians']['fastmerge']:10.3f} "
         f"{speed}   {one['check']:.1e} (limit {one['limit']:.0e})",
         flush=True,
     )
 
 
-def main() -> int:
+def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--svd-layers", type=int, default=1)
+    parser.add_argument("--svd-projections", nargs="+", choices=PROJECTIONS, default=PROJECTIONS)
+    parser.add_argument("--threads", type=int, help="of torch and of fastmerge; by default each decides by itself")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--density", type=float, default=0.2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--routes", nargs="+", choices=(*FACTORS, *BY_SVD), default=[*FACTORS, "svd", "ties_svd"])
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     warnings.simplefilter("ignore")
     rows = []
-    print("route                layers     peft s  fastmerge s   ratio   difference")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+        cpu.set_threads(arguments.threads)
+    print("route                matrices     peft s  fastmerge s   ratio   difference")
     factors = [kind for kind in arguments.routes if kind in FACTORS]
     around = None
     if factors:
@@ -222,17 +230,17 @@ def main() -> int:
         for kind in factors:
             rows.append(row(model, kind, arguments.density, arguments.repeats))
             show(rows[-1])
-        around = bookkeeping(model, arguments.repeats)
-        print(f"{'(bookkeeping alone)':20} {arguments.layers:6} {'':10} {around:10.3f}")
+        around = {side: bookkeeping(model, arguments.repeats, side == "fastmerge") for side in ("peft", "fastmerge")}
+        print(f"{'(around the merge)':20} {'':8} {around['peft']:10.3f} {around['fastmerge']:10.3f}", flush=True)
         del model
     by_svd = [kind for kind in arguments.routes if kind in BY_SVD]
     if by_svd:
-        model = make_model(arguments.shape, arguments.svd_layers, arguments.rank)
+        model = make_model(arguments.shape, arguments.svd_layers, arguments.rank, arguments.svd_projections)
         for kind in by_svd:
             rows.append(row(model, kind, arguments.density, 1))
             show(rows[-1])
     if arguments.json:
-        figures = {"environment": environment(), "rows": rows, "bookkeeping_seconds": around}
+        figures = {"environment": environment(), "rows": rows, "seconds_around_the_merge": around}
         arguments.json.write_text(json.dumps(figures, indent=1))
     return 0 if all(one["right"] for one in rows) else 1
 

@@ -45,12 +45,26 @@ PINNED = {
 """The peers, and what each needs besides what is here already; nothing else is fetched. What follows an underscore and
 a digit is a version of a peer that the environment of all others has in another."""
 
+_NOT_FOUND = re.compile(r"No matching distribution found|Could not find a version|Connection|Max retries|timed out")
+"""What pip says where there is no package index, or one without these packages."""
+
+
+_FOUND = """
+import importlib.metadata, sys
+print(*(f"{name}=={importlib.metadata.version(name)}" for name in sys.argv[1:]))
+"""
+
+
+class NotFetchedError(RuntimeError):
+    """pip did not get the packages: no index is reached from here, or it lacks them."""
+
 
 def environment(name: str, folder: Path) -> Path:
     """The Python of an environment with this peer, made where it is not there yet or was made for other versions.
 
     Raises:
-        RuntimeError: a package could not be installed.
+        NotFetchedError: packages are not to be had from here.
+        RuntimeError: a package could not be installed, or another version of it is found.
     """
     python, stamp = folder / "bin" / "python", folder / "holds.txt"
     holds = "\n".join(PINNED[name])
@@ -60,8 +74,16 @@ def environment(name: str, folder: Path) -> Path:
     site = Path(_run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
     # The packages of this environment come after its own; editable installs stay out of sight.
     (site / "borrowed.pth").write_text("".join(f"{sysconfig.get_path(path)}\n" for path in ("purelib", "platlib")))
-    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--ignore-installed"]
-    _run([*install, "--no-build-isolation", *PINNED[name]])
+    pip = [sys.executable, "-m", "pip", "--retries", "1", "--python", python]
+    try:
+        _run([*pip, "install", "--quiet", "--no-deps", "--ignore-installed", "--no-build-isolation", *PINNED[name]])
+    except RuntimeError as error:
+        if _NOT_FOUND.search(str(error)):
+            raise NotFetchedError(str(error)) from error
+        raise
+    found = _run([python, "-c", _FOUND, *(pin.partition("==")[0] for pin in PINNED[name])])
+    if found.split() != list(PINNED[name]):
+        raise RuntimeError(f"the environment holds {', '.join(found.split())}, not {', '.join(PINNED[name])}")
     stamp.write_text(holds)
     return python
 

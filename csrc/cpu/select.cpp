@@ -22,7 +22,10 @@ namespace fastmerge {
 namespace cpu {
 namespace {
 
-constexpr int64_t kSample = 32768;
+constexpr int64_t kSample = 32768;    // keys that are looked at first, at most
+constexpr int64_t kSampled = 32;      // and of smaller vectors 1/32,
+constexpr int64_t kLeast = 1024;      // but not fewer than this;
+constexpr int64_t kSmall = 8192;      // of vectors up to this size all keys are collected
 constexpr int64_t kRun = 32;          // neighbours read together: a cache line or two
 constexpr int64_t kCrowded = 10;      // a bracket holding more than 1/10 of the sample is not worth collecting
 constexpr int64_t kCollectLimit = 8;  // and collecting stops at 1/8 of the vector
@@ -97,8 +100,8 @@ uint64_t scatter(uint64_t x) {  // splitmix64, to keep the sample from lining up
 
 std::vector<uint32_t> sample_keys(const Vector& vector) {
     std::vector<uint32_t> sample;
-    sample.reserve(kSample);
-    int64_t runs = kSample / kRun;
+    int64_t runs = std::min(kSample, std::max(kLeast, vector.total / kSampled)) / kRun;
+    sample.reserve(static_cast<size_t>(runs * kRun));
     uint32_t keys[kRun];
     for (int64_t r = 0; r < runs; ++r) {
         int64_t stride = vector.total / runs;
@@ -121,7 +124,7 @@ std::vector<uint32_t> sample_keys(const Vector& vector) {
 
 void choose_window(Query& query) {
     const Vector& vector = *query.vector;
-    if (vector.total <= 2 * kSample) return;  // small: collect everything
+    if (vector.total <= kSmall) return;
     std::vector<uint32_t> sample = sample_keys(vector);
     int64_t size = static_cast<int64_t>(sample.size());
     if (size == 0) return;
@@ -167,7 +170,7 @@ void sweep(std::vector<std::unique_ptr<Query>>& queries, int64_t blocks, Arenas&
             found.keys = room;
             arena.keep(found.count);
             int64_t inside = query->inside.fetch_add(found.count) + found.count;
-            if (query->vector->total > 2 * kSample && inside > query->vector->total / kCollectLimit + kTieBlock)
+            if (query->vector->total > kSmall && inside > query->vector->total / kCollectLimit + kTieBlock)
                 query->failed.store(true);
         }
     });

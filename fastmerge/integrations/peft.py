@@ -14,6 +14,7 @@ differs in numbers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -26,13 +27,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from fastmerge import backends, ops
 from fastmerge.errors import ArgumentError, PeerError
-from fastmerge.integrations import low_rank
+from fastmerge.integrations import low_rank, peft_injection
 
 __all__ = ["disable", "enable", "enabled"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of adapters that the kernels take."""
 
 _SCALED_TWICE = {"0.19": True, "0.20": True, "0.21": False}
 """The versions that are known, and whether their SVD routes multiply by an adapter's scaling once more than is due."""
@@ -53,9 +56,6 @@ _SEAM = {
 """The methods of PEFT's LoraModel that are replaced, with the parameters that they must have."""
 
 _WHOLE, _SVD, _FACTORS = _SEAM
-
-_PLAIN_INITS = (True, False, "gaussian")
-"""Values of `init_lora_weights` that only draw numbers, which the merge overwrites."""
 
 
 class _Form(NamedTuple):
@@ -115,7 +115,7 @@ def enable(*, seed: int | None = None, backend: str = "auto") -> None:
                 f"PEFT's LoraModel.{name} takes ({found.replace(' ', ', ')}), which fastmerge does not know; install "
                 "an unmodified peft 0.19 to 0.21, or merge without fastmerge.integrations.peft."
             )
-    ours = _methods(before, _Settings(seed, backend, twice))
+    ours = _methods(before, _Settings(seed, backend, twice, peft_injection.sources(owner)))
     for name, function in ours.items():
         setattr(owner, name, function)
     _patch = _Patch(owner, before, ours)
@@ -162,11 +162,12 @@ def _known_peft() -> tuple[type, bool]:
 
 
 class _Settings(NamedTuple):
-    """seed, backend: as given to `enable`. scaled_twice: see `_SCALED_TWICE`."""
+    """seed, backend: as given to `enable`. scaled_twice: see `_SCALED_TWICE`. sources: PEFT's, see `peft_injection`."""
 
     seed: int | None
     backend: str
     scaled_twice: bool
+    sources: str
 
 
 # -- one call --------------------------------------------------------------------------------------------------------
@@ -192,6 +193,7 @@ class _Call:
         self.election = election
         self.pending: list[_Merge] = []
         self._model = model
+        self._finite = _finite
 
     @functools.cached_property
     def seed(self) -> int:
@@ -230,6 +232,12 @@ class _Call:
             **({"seed": self.seed} if method == "bernoulli" else {}),
         }
 
+    def look_ahead(self, layers: Sequence[Any], adapters: Sequence[str]) -> None:
+        """Begin to look for NaN and Inf in the adapters of these layers, which will be merged."""
+        tensors = [x for layer in layers for adapter in adapters for x in _factors(layer, adapter) or ()]
+        if tensors and all(x.device.type == "cpu" and x.dtype in _DTYPES for x in tensors):
+            self._finite = _Beforehand(tensors).finite
+
     def add(self, merge: _Merge) -> None:
         """Note a tensor to be merged."""
         self.pending.append(merge)
@@ -239,7 +247,7 @@ class _Call:
         assert self.form is not None or not self.pending
         pending, self.pending = self.pending, []
         groups: dict[Any, list[_Merge]] = defaultdict(list)
-        for merge, finite in zip(pending, _finite([merge.tensors for merge in pending])):
+        for merge, finite in zip(pending, self._finite([merge.tensors for merge in pending])):
             if not finite:
                 merge.out.copy_(merge.again())
                 continue
@@ -257,11 +265,45 @@ class _Call:
 
 
 def _finite(groups: Sequence[Sequence[Tensor]]) -> list[bool]:
-    """For each group whether none of its tensors holds NaN or Inf; "no" for sums beyond float32, which is harmless."""
+    """For each group whether none of its tensors holds NaN or Inf; "no" where squares leave float32, too."""
     if not groups:
         return []
-    sums = torch.stack([x.sum(dtype=torch.float32).cpu() for group in groups for x in group])
-    return [bool(part.isfinite().all()) for part in sums.split([len(group) for group in groups])]
+    norms = _norms([x for group in groups for x in group])
+    return [bool(part.isfinite().all()) for part in norms.split([len(group) for group in groups])]
+
+
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """A number of each tensor that is finite only if all of its elements are: on the CPU, float32."""
+    by_kind: dict[Any, list[int]] = defaultdict(list)
+    for i, x in enumerate(tensors):
+        by_kind[x.device, x.dtype].append(i)
+    norms = torch.empty(len(tensors))
+    for places in by_kind.values():
+        found = torch._foreach_norm([tensors[i] for i in places], 2, dtype=torch.float32)
+        norms[places] = torch.stack(list(found)).cpu()
+    return norms
+
+
+class _Beforehand(threading.Thread):
+    """Looks for NaN and Inf while PEFT's bookkeeping, which is Python, is under way."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__(name="fastmerge-finite", daemon=True)
+        self._tensors = tensors
+        self._found: dict[int, float] = {}
+        self.start()
+
+    def run(self) -> None:
+        norms = _norms(self._tensors).tolist()
+        self._found = dict(zip((x.data_ptr() for x in self._tensors), norms))
+
+    def finite(self, groups: Sequence[Sequence[Tensor]]) -> list[bool]:
+        """As `_finite`."""
+        self.join()
+        found = self._found
+        if not all(x.data_ptr() in found for group in groups for x in group):
+            return _finite(groups)
+        return [all(math.isfinite(found[x.data_ptr()]) for x in group) for group in groups]
 
 
 _running = threading.local()
@@ -277,21 +319,6 @@ def _call(call: _Call) -> Iterator[_Call]:
         call.finish()
     finally:
         _running.call = before
-
-
-class _DrawNothing(TorchFunctionMode):
-    """Zeros instead of random numbers where a new adapter is initialised: in this thread, while it is on."""
-
-    _DRAWING = (Tensor.uniform_, Tensor.normal_, nn.init.kaiming_uniform_, nn.init.normal_)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self._DRAWING:
-            with torch.no_grad():
-                return (args[0] if args else kwargs["tensor"]).zero_()
-        if func is torch.randn and "generator" not in kwargs:
-            return torch.zeros(*args, **kwargs)
-        return func(*args, **kwargs)
 
 
 # -- what is taken ---------------------------------------------------------------------------------------------------
@@ -316,7 +343,7 @@ def _tensors_taken(tensors: Sequence[Tensor], one_shape: bool = True) -> bool:
     """Whether they are ones that the kernels work on, of one dtype, device and, unless it does not matter, shape."""
     first = tensors[0]
     return (
-        first.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        first.dtype in _DTYPES
         and first.device.type in ("cpu", "cuda")
         and all(
             type(x) in (Tensor, nn.Parameter)
@@ -367,7 +394,7 @@ def _methods(before: dict[str, Any], settings: _Settings) -> dict[str, Any]:
         except TypeError:
             return whole(self, *args, **kwargs)
         given.apply_defaults()
-        values = given.arguments
+        values = {name: value for name, value in given.arguments.items() if name != "self"}
         kind, density, election = (values[n] for n in ("combination_type", "density", "majority_sign_method"))
         form = _FORMS.get(kind) or _SVD_FORMS.get(kind)
         if not _taken(form, values["weights"], density, election):
@@ -376,8 +403,13 @@ def _methods(before: dict[str, Any], settings: _Settings) -> dict[str, Any]:
         _warn_about(density, form)
         known = set(self.peft_config)
         try:
-            with _call(_Call(self, settings, form, density, election)), _drawing_nothing(self, values["adapters"]):
-                return whole(self, *args, **kwargs)
+            new = _Call(self, settings, form, density, election)
+            quickly = peft_injection.spared(self, values["adapters"], values["adapter_name"], settings.sources)
+            with _call(new), quickly as layers:
+                if layers is None:
+                    whole(self, *args, **kwargs)
+                else:
+                    _added(self, new, layers, **values)
         except BaseException:
             # Its tensors may not have been written: nobody shall take them for an adapter.
             if values["adapter_name"] in set(self.peft_config) - known:
@@ -445,6 +477,58 @@ def _methods(before: dict[str, Any], settings: _Settings) -> dict[str, Any]:
     return {_WHOLE: add_weighted_adapter, _SVD: merge_by_svd, _FACTORS: merge_factors}
 
 
+def _added(
+    model: Any,
+    call: _Call,
+    layers: Sequence[Any],
+    *,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str,
+    svd_rank: int | None,
+    svd_clamp: float | None,
+    svd_full_matrices: bool,
+    svd_driver: str | None,
+    density: float | None,
+    majority_sign_method: str,
+) -> None:
+    """`add_weighted_adapter` of a model whose LoRA layers are known: what PEFT's does, without a walk to find them."""
+    from peft.utils.other import _freeze_adapter
+
+    if adapter_name in model.peft_config:
+        return
+    kind, rank, targets = model._check_add_weighted_adapter(
+        adapters=adapters, combination_type=combination_type, svd_rank=svd_rank
+    )
+    model.peft_config[adapter_name] = dataclasses.replace(
+        model.peft_config[adapters[0]],
+        r=rank,
+        lora_alpha=rank,
+        target_modules=targets,
+        alpha_pattern={},
+        rank_pattern={},
+    )
+    if kind in _FORMS:
+        call.look_ahead(layers, adapters)
+    model.inject_adapter(model.model, adapter_name)
+    _freeze_adapter(model.model, adapter_name)
+    for layer in layers:
+        if adapter_name in layer.lora_A:
+            a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        elif adapter_name in layer.lora_embedding_A:
+            a, b = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+        else:
+            continue
+        if kind in _SVD_FORMS:
+            a.data, b.data = getattr(model, _SVD)(
+                kind, adapters, weights, rank, layer, a, b, density, majority_sign_method, svd_clamp,
+                full_matrices=svd_full_matrices, driver=svd_driver,
+            )  # fmt: skip
+        else:
+            a.data, b.data = getattr(model, _FACTORS)(kind, adapters, weights, layer, density, majority_sign_method)
+
+
 @contextmanager
 def _joined(new: _Call) -> Iterator[_Call]:
     """The call that is running, or a new one that is finished at once."""
@@ -454,17 +538,6 @@ def _joined(new: _Call) -> Iterator[_Call]:
         return
     with _call(new) as call:
         yield call
-
-
-@contextmanager
-def _drawing_nothing(model: Any, adapters: Sequence[str]) -> Iterator[None]:
-    """Spare the random numbers of the new adapter's initialisation, unless it is one of a cleverer kind."""
-    config = model.peft_config.get(adapters[0]) if adapters else None
-    if getattr(config, "init_lora_weights", None) in _PLAIN_INITS:
-        with _DrawNothing():
-            yield
-    else:
-        yield
 
 
 # -- by singular values ----------------------------------------------------------------------------------------------

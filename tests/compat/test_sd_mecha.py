@@ -139,7 +139,8 @@ def test_a_recipe_that_was_written_down_runs_again(files, tmp_path):
     with safe_open(tmp_path / "first.safetensors", "pt") as file:
         assert "fastmerge_ties_sum" in file.metadata()["mecha_recipe"]
     base, *models = [sd_mecha.model(path) for path in files]
-    stored = sd_mecha.serialize(base + fast.ties_sum(*(model - base for model in models), k=0.5))
+    # Not finalized: the layout that sd-mecha infers from files it does not know has a name that it cannot read again.
+    stored = sd_mecha.serialize(base + fast.ties_sum(*(model - base for model in models), k=0.5), finalize=False)
     assert '"fastmerge_ties_sum"' in stored
     again = sd_mecha.merge(sd_mecha.deserialize(stored.splitlines()), output_dtype=torch.float32)
     assert all(torch.equal(x, again[name]) for name, x in first.items())
