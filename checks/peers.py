@@ -32,6 +32,18 @@ PINNED = {
         "pytorch-lightning==2.6.6",
         "torchmetrics==1.9.0",
     ),
+    "mergekit_0.1.4": (
+        "mergekit==0.1.4",
+        "accelerate==1.6.0",
+        "click==8.2.1",
+        "huggingface-hub==0.36.2",
+        "peft==0.17.1",
+        "pydantic==2.10.6",
+        "pydantic-core==2.27.2",
+        "safetensors==0.5.3",
+        "tokenizers==0.21.4",
+        "transformers==4.55.4",
+    ),
     "peft_0.19": ("peft==0.19.1",),
     "peft_0.20": ("peft==0.20.0",),
     "sd_mecha": (
@@ -44,6 +56,9 @@ PINNED = {
 }
 """The peers, and what each needs besides what is here already; nothing else is fetched. What follows an underscore and
 a digit is a version of a peer that the environment of all others has in another."""
+
+_FILES = {"mergekit": "mergekit_inside"}
+"""Peers whose tests are not in the file of their own name."""
 
 _NOT_FOUND = re.compile(r"No matching distribution found|Could not find a version|Connection|Max retries|timed out")
 """What pip says where there is no package index, or one without these packages."""
@@ -88,12 +103,17 @@ def environment(name: str, folder: Path) -> Path:
     return python
 
 
+def tests_of(name: str) -> Path:
+    """The file of tests beside the peer of this environment."""
+    peer = re.sub(r"_\d.*", "", name)
+    return ROOT / "tests" / "compat" / f"test_{_FILES.get(peer, peer)}.py"
+
+
 def test(name: str, folder: Path, arguments: list[str]) -> int:
     """Run the tests beside this peer; pytest's exit status."""
     python = environment(name, folder / name)
     peer = re.sub(r"_\d.*", "", name)
-    tests = ROOT / "tests" / "compat" / f"test_{peer}.py"
-    command = [str(python), "-m", "pytest", "-q", str(tests), *arguments]
+    command = [str(python), "-m", "pytest", "-q", str(tests_of(name)), *arguments]
     paths = {"PYTHONPATH": str(ROOT), "FASTMERGE_PEER": peer}
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **paths}, check=False).returncode
 

@@ -12,7 +12,7 @@ from checks import ROOT, peers
 @pytest.mark.parametrize("name", peers.PINNED)
 def test_each_environment_pins_one_version_of_everything_and_has_tests(name):
     peer = re.sub(r"_\d.*", "", name)
-    assert (ROOT / "tests" / "compat" / f"test_{peer}.py").exists()
+    assert peers.tests_of(name).exists()
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in peers.PINNED[name])
     assert peers.PINNED[name][0].partition("==")[0] == peer.replace("_", "-")
 
