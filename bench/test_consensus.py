@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import independent
+import numpy as np
 import pytest
 import torch
 from adversarial import DTYPES, KINDS, family
@@ -70,3 +71,23 @@ def test_consensus_apply_after_the_thresholds_are_known(kind, dtype, backend, si
         return ops.consensus_apply(base, models, WEIGHTS, rule=rule, out=out, backend=backend)
 
     measured(run, lambda result: compare(result, expected), len(models) * size, (len(models) + 2) * base.nbytes)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_sum(kind, dtype, backend, size, measured):
+    _, models = family(kind, DTYPES[dtype], size)
+    expected = np.zeros(size, dtype=np.float32)
+    for model, weight in zip(models, WEIGHTS, strict=True):
+        product = independent.as_float32(model).ravel().astype(np.float64) * float(np.float32(weight))
+        # 64 bits of mantissa are rounded twice, too, but hardly ever with another result.
+        expected = (product.astype(np.longdouble) + expected).astype(np.float32)
+
+    def check(result):
+        found = result.numpy()
+        wrong = int(((found != expected) & ~(np.isnan(found) & np.isnan(expected))).sum())
+        return f"{wrong} of {size} values are wrong" if wrong > 1 + size // 1_000_000 else None
+
+    moved = sum(model.nbytes for model in models) + 4 * size
+    measured(lambda: ops.fused_sum(models, WEIGHTS, backend=backend), check, len(models) * size, moved)

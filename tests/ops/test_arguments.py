@@ -68,6 +68,8 @@ VALUES: list[tuple[Callable[[], Any], str]] = [
     (lambda: merge(base=None, tensors=[x, x.T]), r"tensors\[1\] has shape \[3, 2\], but tensors\[0\] has"),
     (lambda: merge(election="weigthed"), r"election='weigthed'.*Did you mean 'weighted'"),
     (lambda: merge(zero_sign="+"), r"zero_sign='\+' is not known"),
+    (lambda: ops.fused_sum([x, x], [1.0]), r"weights has 1 entries for 2 models; pass one for each"),
+    (lambda: ops.fused_sum([x, x.t()], [1.0, 1.0]), r"tensors\[1\] has shape \[3, 2\]"),
     (lambda: merge(divisor="weight"), r"divisor='weight'.*Did you mean 'weights'"),
     (lambda: merge(inputs="delta"), r"inputs='delta'.*Did you mean 'deltas'"),
     (lambda: merge(lambda_=math.nan), r"lambda_=nan is not finite"),
@@ -126,6 +128,7 @@ TYPES: list[tuple[Callable[[], Any], str]] = [
     (lambda: ops.kth_magnitude("abc", 1), r"shards must be a list of tensors, not str"),  # type: ignore[arg-type]
     (lambda: merge(tensors=x), r"tensors must be a list of tensors, not Tensor; wrap a single tensor"),
     (lambda: merge(tensors=[x, x.long()]), r"tensors\[1\] has dtype int64"),
+    (lambda: ops.fused_sum([x.long()], [1.0]), r"tensors\[0\] has dtype int64"),
     (lambda: merge(base=x.long()), r"base has dtype int64"),
     (lambda: merge(seed="abc"), r"seed must be an integer, not str"),
     (lambda: merge(out=torch.empty(2, 3, dtype=torch.float64)), r"out has dtype float64"),

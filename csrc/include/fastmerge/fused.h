@@ -7,10 +7,13 @@ FM_NAMESPACE_BEGIN
 
 // What a sum in float64 that lost something is replaced by, lest its rounding to float32 be a second one: round to odd.
 FM_INLINE double round_to_odd(double sum, double lost) {
+    // By masks, which compilers vectorise.
     int64_t bits = bit_cast<int64_t>(sum);
-    int64_t step = (lost > 0.0) == (sum > 0.0) ? 1 : -1;
-    bool inexact = (lost != 0.0) & (lost - lost == 0.0) & ((bits & 1) == 0);
-    return bit_cast<double>(bits + (inexact ? step : 0));
+    int64_t apart = (bit_cast<int64_t>(lost) ^ bits) >> 63;  // -1 where the signs differ
+    int64_t inexact = lost != 0.0 ? -1 : 0;
+    int64_t finite = lost - lost == 0.0 ? -1 : 0;
+    int64_t even = (bits & 1) - 1;
+    return bit_cast<double>(bits + ((2 * apart + 1) & inexact & finite & even));
 }
 
 // before + x * factor, rounded to float32 once. float64 holds the product; Knuth's TwoSum tells what the sum has lost.

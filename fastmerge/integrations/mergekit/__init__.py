@@ -33,14 +33,14 @@ def enable(*, numerics: str = "mergekit", seed: int | None = 0, backend: str = "
     """Let mergekit compute by fastmerge, in this process, until `disable`.
 
     Replaced are the methods linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties,
-    della and della_linear, as `mergekit.merge_methods.get` finds them, and the four functions of `mergekit.sparsify`;
-    added are the methods pcb and fr, of one tensor at a time. What the kernels cannot take, or would give other numbers
-    for, mergekit's own functions go on to compute; `tally` says what that was. Where it is enabled already, only the
-    arguments change. Call it while nothing is being merged.
+    della, della_linear, slerp and sce, as `mergekit.merge_methods.get` finds them, and the four functions of
+    `mergekit.sparsify`; added are the methods pcb and fr, of one tensor at a time. What the kernels cannot take, or
+    would give other numbers for, mergekit's own functions go on to compute; `tally` says what that was. Where it is
+    enabled already, only the arguments change. Call it while nothing is being merged.
 
     Args:
         numerics: "mergekit" to round as this release of mergekit does on a CPU, on whatever device; "fp32" to compute
-            in float32 and round once.
+            in float32 and round once, as slerp and sce always do.
         seed: of the random methods: with the output tensor's name and the model's place it says which elements are
             dropped, whatever the machine. None takes a seed from torch's generator for each tensor, which
             `torch.manual_seed` sets; so do tensors without a name, and the functions of `mergekit.sparsify`, always.
