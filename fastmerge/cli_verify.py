@@ -71,7 +71,10 @@ def verify(
     def work() -> None:
         from fastmerge.engine.config import load_config
 
-        load_config(config)  # A mistake in it is told at once.
+        # Mistakes are told at once, and none when the work is done.
+        load_config(config)
+        if json_file is not None:
+            _check_file(json_file.expanduser())
         # A library that prints to standard output must not spoil what is printed here.
         with contextlib.redirect_stdout(sys.stderr):
             with _import():
@@ -92,6 +95,13 @@ def verify(
         wrong.extend(report.wrong)
 
     return _guard(work, False) or (DIFFERS if wrong else 0)
+
+
+def _check_file(path: Path) -> None:
+    from fastmerge.errors import ArgumentError
+
+    if path.is_dir() or not path.parent.is_dir():
+        raise ArgumentError(f"--json names {path}, which cannot be written; name a file in a directory that exists.")
 
 
 def _tell(report: Report) -> None:

@@ -17,11 +17,12 @@ from checks.mutation_list import (
     select,
     shared,
     sparsify,
+    verify,
 )
 from checks.mutation_list.mutation import Mutation
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-_FAMILIES = (shared, select, sparsify, consensus, pcb, expert, geometry, highpass, importance, mergekit)
+_FAMILIES = (shared, select, sparsify, consensus, pcb, expert, geometry, highpass, importance, mergekit, verify)
 
 MUTATIONS = [mutation for family in _FAMILIES for mutation in family.MUTATIONS]

@@ -93,6 +93,8 @@ def test_without_mergekit_it_says_what_to_install(
         (["verify", "no.yml"], "no.yml does not exist"),
         (["verify", "merge.yml", "--tensors", "0"], "--tensors"),
         (["verify", "merge.yml", "--numerics", "fp64", "--json", "r.json"], "fp64"),
+        (["verify", "merge.yml", "--json", "no/r.json"], "--json names no/r.json, which cannot be written"),
+        (["verify", "merge.yml", "--json", "base"], "--json names base, which cannot be written"),
         (["verify", "wrong.yml"], "wrong.yml, line 5: ties has no parameter densty; did you mean density?"),
     ],
 )

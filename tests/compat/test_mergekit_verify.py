@@ -197,6 +197,10 @@ def test_what_is_kept_at_random_is_told_for_each_model(families) -> None:
     for kept in first.kept:
         assert kept.density == 0.5 and kept.wrong == 0
         assert 0.4 < kept.here < 0.6 and 0.4 < kept.mergekit < 0.6 and kept.here != kept.mergekit
+    given = config("dare_ties", families["bfloat16"], density=0.5)
+    given["models"][1]["parameters"]["density"] = 1.0
+    for row in verify(given).rows:
+        assert [kept.model for kept in row.kept] == [str(families["bfloat16"][place]) for place in (1, 3)]
 
 
 def test_the_base_is_one_model_more_where_mergekit_takes_it_for_one(families) -> None:
