@@ -117,8 +117,9 @@ def spared(model: Any, adapters: Sequence[str], adapter_name: str, digest: str) 
 def _plain_model(model: Any, adapters: Sequence[str]) -> bool:
     """Whether all of its adapters are plain LoRA, and none of PEFT's rarer ways of finding layers is taken."""
     from peft import LoraConfig
+    from peft.tuners.lora.model import LoraModel
 
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if type(model) is not LoraModel or (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     configs = model.peft_config.values()
     if not all(type(one) is LoraConfig and not one.lora_bias and one.bias == "none" for one in configs):

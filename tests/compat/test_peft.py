@@ -241,6 +241,22 @@ def test_float64_adapters_are_left_to_peft(calls):
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
+def test_adapters_that_share_memory_are_looked_at_one_by_one():
+    model = make(targets=[["query"]] * 3)
+    layer = model.base_model.model.query
+    shared = torch.randn(8, 12)
+    shared[7, 3] = float("nan")
+    layer.lora_A["one"].weight.data = shared[:4]
+    layer.lora_A["two"].weight.data = shared[::2]
+    layer.lora_A["three"].weight.data = shared.T.reshape(-1)[:48].view(4, 12)
+    theirs, ours = both(model, "ties", [1.0, 0.5, 0.7], density=0.5)
+    assert_close(theirs, ours, equal_nan=True)
+    shared[6, 3] = float("inf")  # of the second alone
+    theirs, ours = both(model, "ties", [1.0, 0.5, 0.7], density=0.5)
+    assert_close(theirs, ours, equal_nan=True)
+    assert not all(bool(x.isfinite().all()) for x in theirs.values())
+
+
 @pytest.mark.parametrize("kind", ["linear", "cat"])
 def test_other_forms_are_pefts(kind, calls):
     model = make(targets=[LINEAR] * 3)
