@@ -121,10 +121,10 @@ def _plain_model(model: Any, adapters: Sequence[str]) -> bool:
 
     if type(model) is not LoraModel or (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
-    configs = model.peft_config.values()
-    if not all(type(one) is LoraConfig and not one.lora_bias and one.bias == "none" for one in configs):
+    configs: dict[str, Any] = dict(model.peft_config)
+    if not all(type(one) is LoraConfig and not one.lora_bias and one.bias == "none" for one in configs.values()):
         return False
-    targets = [model.peft_config[adapter].target_modules for adapter in adapters if adapter in model.peft_config]
+    targets = [configs[adapter].target_modules for adapter in adapters if adapter in configs]
     if any(isinstance(target, str) for target in targets):
         return "all-linear" not in targets
     return len(set().union(*(target or () for target in targets))) < _CONDENSED

@@ -165,7 +165,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 # -- the factors
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(["ties", "magnitude_prune"]),
     weights=st.lists(st.sampled_from([1.0, 0.3, -0.7, 2, 0.0, 1.25]), min_size=2, max_size=5),

@@ -53,8 +53,7 @@ def deltas_of(files: list[Path]) -> tuple[dict[str, torch.Tensor], dict[str, lis
     return base, {name: [model[name] - x for model in models] for name, x in base.items()}
 
 
-@pytest.mark.parametrize("vote_sgn", [False, True])
-@pytest.mark.parametrize("k", [0.2, 0.7, 1.0])
+@pytest.mark.parametrize(("k", "vote_sgn"), [(0.2, False), (0.7, True)])
 def test_ties_of_files_equals_sd_mechas_own(files, k, vote_sgn, tmp_path):
     ours = merged(files, fast.ties_sum, tmp_path / "ours.safetensors", k=k, vote_sgn=vote_sgn)
     theirs = merged(files, sd_mecha.ties_sum, tmp_path / "theirs.safetensors", k=k, vote_sgn=vote_sgn)
@@ -63,7 +62,7 @@ def test_ties_of_files_equals_sd_mechas_own(files, k, vote_sgn, tmp_path):
         torch.testing.assert_close(ours[name], x, rtol=1e-6, atol=1e-7, msg=name)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 9), max_size=3),
     count=st.integers(1, 5),
