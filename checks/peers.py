@@ -114,8 +114,9 @@ def test(name: str, folder: Path, arguments: list[str]) -> int:
     python = environment(name, folder / name)
     peer = re.sub(r"_\d.*", "", name)
     command = [str(python), "-m", "pytest", "-q", str(tests_of(name)), *arguments]
-    paths = {"PYTHONPATH": str(ROOT), "FASTMERGE_PEER": peer}
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **paths}, check=False).returncode
+    # One thread: tensors are small, and other tests run beside these.
+    added = {"PYTHONPATH": str(ROOT), "FASTMERGE_PEER": peer, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **added}, check=False).returncode
 
 
 def _run(command: list[str | Path]) -> str:

@@ -290,20 +290,26 @@ class _Beforehand(threading.Thread):
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__(name="fastmerge-finite", daemon=True)
         self._tensors = tensors
-        self._found: dict[int, float] = {}
+        self._found: dict[Any, float] = {}
         self.start()
 
     def run(self) -> None:
         norms = _norms(self._tensors).tolist()
-        self._found = dict(zip((x.data_ptr() for x in self._tensors), norms))
+        self._found = dict(zip(map(_place, self._tensors), norms))
 
     def finite(self, groups: Sequence[Sequence[Tensor]]) -> list[bool]:
         """As `_finite`."""
         self.join()
         found = self._found
-        if not all(x.data_ptr() in found for group in groups for x in group):
+        places = [[_place(x) for x in group] for group in groups]
+        if not all(place in found for group in places for place in group):
             return _finite(groups)
-        return [all(math.isfinite(found[x.data_ptr()]) for x in group) for group in groups]
+        return [all(math.isfinite(found[place]) for place in group) for group in places]
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    """Where a tensor's elements lie in memory."""
+    return x.data_ptr(), x.shape, x.stride(), x.dtype
 
 
 _running = threading.local()

@@ -117,13 +117,14 @@ def spared(model: Any, adapters: Sequence[str], adapter_name: str, digest: str) 
 def _plain_model(model: Any, adapters: Sequence[str]) -> bool:
     """Whether all of its adapters are plain LoRA, and none of PEFT's rarer ways of finding layers is taken."""
     from peft import LoraConfig
+    from peft.tuners.lora.model import LoraModel
 
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if type(model) is not LoraModel or (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
-    configs = model.peft_config.values()
-    if not all(type(one) is LoraConfig and not one.lora_bias and one.bias == "none" for one in configs):
+    configs: dict[str, Any] = dict(model.peft_config)
+    if not all(type(one) is LoraConfig and not one.lora_bias and one.bias == "none" for one in configs.values()):
         return False
-    targets = [model.peft_config[adapter].target_modules for adapter in adapters if adapter in model.peft_config]
+    targets = [configs[adapter].target_modules for adapter in adapters if adapter in configs]
     if any(isinstance(target, str) for target in targets):
         return "all-linear" not in targets
     return len(set().union(*(target or () for target in targets))) < _CONDENSED

@@ -202,6 +202,20 @@ def test_dare_ties_is_fusion_benchs_formula_on_counted_masks(linear, monkeypatch
     assert_same(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("algorithm", [fast.Ties, fast.Dare, fast.DareTies, fast.Pcb, fast.Fr])
+def test_the_merged_module_is_trained_on_as_the_pretrained_one_was(algorithm):
+    pool = make_pool()
+    base = pool.load_pretrained_model()
+    base[1].bias.requires_grad_(False)
+    before = {name: x.requires_grad for name, x in base.named_parameters()}
+    merged = algorithm().run(pool)
+    assert merged is base
+    assert {name: x.requires_grad for name, x in merged.named_parameters()} == before
+    assert all(x.is_leaf and x.grad is None for x in merged.parameters())
+    merged.eval()(torch.arange(5)).sum().backward()
+    assert merged[1].weight.grad is not None and merged[1].bias.grad is None
+
+
 def test_dare_takes_its_seed_from_torch_unless_it_is_given():
     pool = make_pool()
 

@@ -165,7 +165,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 # -- the factors
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(["ties", "magnitude_prune"]),
     weights=st.lists(st.sampled_from([1.0, 0.3, -0.7, 2, 0.0, 1.25]), min_size=2, max_size=5),
@@ -239,6 +239,19 @@ def test_float64_adapters_are_left_to_peft(calls):
     theirs, ours = both(model, "ties", [1.0, 0.5, 0.7], density=0.5)
     assert calls["many"] == 0
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+def test_adapters_that_share_memory_are_looked_at_one_by_one(calls):
+    model = make(targets=[["query"]] * 3)
+    layer = model.base_model.model.query
+    shared = torch.randn(8, 12)
+    shared[6, 3] = float("inf")  # of the first alone; the second begins at the same place and is as large
+    layer.lora_A["one"].weight.data = shared[::2]
+    layer.lora_A["two"].weight.data = shared[:4]
+    theirs, ours = both(model, "ties", [1.0, 0.5, 0.7], density=0.5)
+    assert_close(theirs, ours, equal_nan=True)
+    assert not all(bool(x.isfinite().all()) for x in theirs.values())
+    assert calls["factors"] == 2
 
 
 @pytest.mark.parametrize("kind", ["linear", "cat"])
@@ -648,14 +661,14 @@ def test_twenty_target_modules_are_condensed_as_peft_does():
     def targets(enabled: bool) -> Any:
         torch.manual_seed(0)
         config = peft.LoraConfig(r=2, target_modules=[f"parts.{i}.up" for i in range(12)])
-        model = peft.get_peft_model(Many(), config, adapter_name="one")
+        # With an adapter of this name there are modules within LoRA layers whose names end as those of targets do.
+        model = peft.get_peft_model(Many(), config, adapter_name="up")
         model.add_adapter("two", peft.LoraConfig(r=2, target_modules=[f"parts.{i}.by" for i in range(12)]))
-        model.add_adapter("three", peft.LoraConfig(r=2, target_modules=["up", "by"]))
         if enabled:
             inside.enable()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model.add_weighted_adapter(["three", "one", "two"], [1.0] * 3, "m", combination_type="ties", density=0.5)
+            model.add_weighted_adapter(["up", "two"], [1.0] * 2, "m", combination_type="ties", density=0.5)
         inside.disable()
         return model.peft_config["m"].target_modules
 
