@@ -106,7 +106,22 @@ def test_rows_of_all_lengths(length: int, order: str, monkeypatch: pytest.Monkey
     base = 3.0 * torch.randn(5 * length, generator=generator) - 300.0
     x = (base + 0.3 * torch.randn(5 * length, generator=generator)).bfloat16()
     base[-1], x[0] = float("nan"), -float("inf")
+    # Far above all others of its row, and its last one.
+    x[2 * length - 1] = -100.0
     expected = ops.divergences(base, x, length, backend="reference")
     for limit in ("232448", "2048"):
         monkeypatch.setenv("FASTMERGE_EMULATED_SHARED", limit)
         assert_bitwise_equal(ops.divergences(there(base), there(x), length, backend="cuda").cpu(), expected)
+
+
+def test_each_long_row_has_memory_of_its_own() -> None:
+    """Rows are taken at the same time; the emulator takes one after the other, which would hide it."""
+    from fastmerge.backends.cuda.launch import compiled, place, ref
+
+    base, x = torch.randn(3 * 300), torch.randn(3 * 300)
+    own, model, memory = there(base), there(x), there(torch.full((3, 256), float("nan")))
+    out = torch.empty(3, device=own.device)
+    where = place(own.device)
+    compiled.divergences(where, ref(own), ref(model), 300, 0, 3, memory.data_ptr(), out.data_ptr())
+    assert_bitwise_equal(out.cpu(), ops.divergences(base, x, 300, backend="reference"))
+    assert not memory.isnan().any()
