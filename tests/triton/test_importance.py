@@ -22,6 +22,8 @@ from fastmerge._triton import importance
 from fastmerge.backends import triton
 from fastmerge.backends.triton import launch
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda")
 TYPES = (torch.bfloat16, torch.float32, torch.float16)
 SPECIAL = [float("nan"), float("inf"), -float("inf"), 2.0**-149, 1e-30, 3.4e38, 0.0, -0.0]
@@ -112,7 +114,7 @@ def test_rows_of_all_lengths(length: int, monkeypatch: pytest.MonkeyPatch) -> No
     generator = torch.Generator().manual_seed(length)
     base = 3.0 * torch.randn(rows * length, generator=generator) - 300.0
     x = (base + 0.3 * torch.randn(rows * length, generator=generator)).bfloat16()
-    base[-1], x[0] = float("nan"), -float("inf")
+    base[0], x[length] = float("nan"), -float("inf")
     # Far above all others of its row, and its last one.
     x[2 * length - 1] = -100.0
     expected = reference.divergences(base, [x], length)
