@@ -11,7 +11,10 @@ ENERGIES = (
     "tests/triton/test_importance.py::test_energies_of_all_sizes",
     "tests/triton/test_importance.py::test_a_window_begins_at_the_first_tile",
 )
-ROWS = ("tests/triton/test_importance.py::test_rows_of_all_lengths",)
+ROWS = (
+    "tests/triton/test_importance.py::test_rows_of_all_lengths",
+    "tests/triton/test_importance.py::test_each_long_row_has_memory_of_its_own",
+)
 MODELS = (
     "tests/triton/test_importance.py::test_models_by_value_and_by_a_table",
     "tests/ops/test_importance.py::test_a_sum_of_factors_may_be_minus_zero[triton]",
@@ -219,7 +222,6 @@ MUTATIONS = [
     *in_file(
         "csrc/cuda/importance.cu",
         CUDA,
-        ("past the end no delta takes part", "at + t < models.numel ? delta[t] - base[t] : 0.0f", "delta[t] - base[t]"),
         ("the next model is loaded", "load_raw<true>(model_of(models, m + 1)", "load_raw<true>(model_of(models, m)"),
         (
             "sums begin with -0",

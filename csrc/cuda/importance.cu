@@ -272,8 +272,7 @@ FM_KERNEL(kThreads) divergences_kernel(RowsOf rows) {
     int64_t row = rows.first + block();
     Softmax p = softmax_of(rows, mine, halves, from_element(rows.x, row * rows.width));
     Softmax q = softmax_of(rows, mine, halves, from_element(rows.base, row * rows.width));
-    float sum = row_sum(rows, mine, halves,
-                        [&](int64_t i) { return divergence_term(share_at(p, i), share_at(q, i)); });
+    float sum = row_sum(rows, mine, halves, [&](int64_t i) { return divergence_term(share_at(p, i), share_at(q, i)); });
     if (thread() == 0) rows.out[row] = canonical(sum);
 }
 

@@ -13,7 +13,7 @@ from fastmerge.backends.limits import TooManyModelsError
 from tests.cuda.running import both_orders, needs_cuda, there, unaligned
 from tests.numeric import assert_bitwise_equal
 
-pytestmark = needs_cuda
+pytestmark = [needs_cuda, pytest.mark.usefixtures("poisoned_memory")]
 
 TYPES = (torch.bfloat16, torch.float32, torch.float16)
 SPECIAL = [float("nan"), float("inf"), -float("inf"), 2.0**-149, 1e-30, 3.4e38, 0.0, -0.0]
@@ -105,8 +105,23 @@ def test_rows_of_all_lengths(length: int, order: str, monkeypatch: pytest.Monkey
     generator = torch.Generator().manual_seed(length)
     base = 3.0 * torch.randn(5 * length, generator=generator) - 300.0
     x = (base + 0.3 * torch.randn(5 * length, generator=generator)).bfloat16()
-    base[-1], x[0] = float("nan"), -float("inf")
+    base[0], x[length] = float("nan"), -float("inf")
+    # Far above all others of its row, and its last one.
+    x[2 * length - 1] = -100.0
     expected = ops.divergences(base, x, length, backend="reference")
     for limit in ("232448", "2048"):
         monkeypatch.setenv("FASTMERGE_EMULATED_SHARED", limit)
         assert_bitwise_equal(ops.divergences(there(base), there(x), length, backend="cuda").cpu(), expected)
+
+
+def test_each_long_row_has_memory_of_its_own() -> None:
+    """Rows are taken at the same time; the emulator takes one after the other, which would hide it."""
+    from fastmerge.backends.cuda.launch import compiled, place, ref
+
+    base, x = torch.randn(3 * 300), torch.randn(3 * 300)
+    own, model, memory = there(base), there(x), there(torch.full((3, 256), float("nan")))
+    out = torch.empty(3, device=own.device)
+    where = place(own.device)
+    compiled.divergences(where, ref(own), ref(model), 300, 0, 3, memory.data_ptr(), out.data_ptr())
+    assert_bitwise_equal(out.cpu(), ops.divergences(base, x, 300, backend="reference"))
+    assert not memory.isnan().any()

@@ -18,8 +18,11 @@ if backends.available()["triton"] is not None:
         allow_module_level=True,
     )
 
+from fastmerge._triton import importance
 from fastmerge.backends import triton
 from fastmerge.backends.triton import launch
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda")
 TYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -111,7 +114,9 @@ def test_rows_of_all_lengths(length: int, monkeypatch: pytest.MonkeyPatch) -> No
     generator = torch.Generator().manual_seed(length)
     base = 3.0 * torch.randn(rows * length, generator=generator) - 300.0
     x = (base + 0.3 * torch.randn(rows * length, generator=generator)).bfloat16()
-    base[-1], x[0] = float("nan"), -float("inf")
+    base[0], x[length] = float("nan"), -float("inf")
+    # Far above all others of its row, and its last one.
+    x[2 * length - 1] = -100.0
     expected = reference.divergences(base, [x], length)
     launch.launched.clear()
     found = triton.divergences(*there(base), there(x), length)
@@ -121,3 +126,14 @@ def test_rows_of_all_lengths(length: int, monkeypatch: pytest.MonkeyPatch) -> No
     weight = torch.arange(rows) / 7.0
     expected = reference.importance(base, [x], weight, length)
     assert_bitwise_equal(triton.importance(*there(base), there(x), weight.to(DEVICE), length).cpu(), expected)
+
+
+def test_each_long_row_has_memory_of_its_own() -> None:
+    """Rows are taken at the same time; here one comes after the other, which would hide it."""
+    base, x = torch.randn(3 * 300), torch.randn(3 * 300)
+    memory, out = torch.full((3, 256), float("nan")), torch.empty(3)
+    there_is = [each.to(DEVICE) for each in (base, x, out, memory)]
+    constants = {"WIDTH": 64, "HALVINGS": 6}
+    launch.launch(importance.divergences_of_long_rows, (3,), DEVICE, *there_is, 0, 300, 4, **constants)
+    assert_bitwise_equal(there_is[2].cpu(), reference.divergences(base, [x], 300))
+    assert not there_is[3].isnan().any()
