@@ -186,6 +186,12 @@ MUTATIONS = [
         ("nothing cancels", "tl.where(magnitude(z) <= NEAR, near,", "tl.where(magnitude(z) <= 0.0, near,"),
         ("the terms q - p", "p * functions.log(ratio) - apart)", "p * functions.log(ratio))"),
         ("rows past the last are not stored", "numbers.canonical(sums), mask=row < rows)", "numbers.canonical(sums))"),
+        ("NaN has no payload", "numbers.canonical(sums), mask=row < rows)", "sums, mask=row < rows)"),
+        (
+            "NaN of long rows, too",
+            "numbers.canonical(halved_in_memory(halves, tiles, WIDTH, HALVINGS))",
+            "halved_in_memory(halves, tiles, WIDTH, HALVINGS)",
+        ),
         ("tiles are halved from the middle", "tl.load(at + tiles * WIDTH))", "tl.load(at + WIDTH))"),
         (
             "a long row's second half",
@@ -271,7 +277,6 @@ MUTATIONS = [
             "for (int warp = 0; warp < 1; ++warp) most",
         ),
         ("no share is 0", " / of.sum + kSmallestShare;", " / of.sum;"),
-        ("NaN has no payload", "rows.out[row] = canonical(sum);", "rows.out[row] = sum;"),
         ("rows go on in the next launch", "int64_t row = rows.first + block();", "int64_t row = block();"),
         ("each block has its memory", "rows.memory + block() * rows.half", "rows.memory"),
         (

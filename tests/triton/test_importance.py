@@ -114,7 +114,9 @@ def test_rows_of_all_lengths(length: int, monkeypatch: pytest.MonkeyPatch) -> No
     generator = torch.Generator().manual_seed(length)
     base = 3.0 * torch.randn(rows * length, generator=generator) - 300.0
     x = (base + 0.3 * torch.randn(rows * length, generator=generator)).bfloat16()
-    base[0], x[length] = float("nan"), -float("inf")
+    # A NaN with a sign and a payload.
+    x.view(torch.int16)[0] = -0x3B
+    x[length] = -float("inf")
     # Far above all others of its row, and its last one.
     x[2 * length - 1] = -100.0
     expected = reference.divergences(base, [x], length)
