@@ -24,7 +24,7 @@ from fastmerge.errors import ArgumentError, MergeError
 from fastmerge.merging import merge_checkpoints, plan_checkpoints
 from tests.cli.support import command, process_environment
 from tests.engine.fake_device import FakeDevice
-from tests.engine.small_family import Tensors, config_for, family, save_family
+from tests.engine.small_family import Tensors, config_for, family, knows_base, save_family, taken, weighed
 from tests.engine.test_same_bits import CASES, WEIGHTS, parameters_for
 from tests.gpu.support import HERE, each_device, only_cuda
 from tests.numeric import assert_bitwise_equal
@@ -65,6 +65,11 @@ def config(case: str, paths: list[Path], **more: Any) -> dict[str, object]:
     return config_for(case.partition(" ")[0], paths, WEIGHTS, **parameters_for(case)) | more
 
 
+def enough(case: str, gpu_memory: str | None) -> str | None:
+    """That much, or where columns are brought together as much as the largest tensor takes."""
+    return "32MiB" if "columns" in case else gpu_memory
+
+
 def to(device: str, tensors: Tensors) -> Tensors:
     return {name: x.to(device) for name, x in tensors.items()}
 
@@ -79,10 +84,9 @@ def test_the_digest_is_the_cpus(
     case: str, gpu_memory: str | None, device: str, paths: list[Path], tmp_path: Path
 ) -> None:
     expected = merge_checkpoints(config(case, paths), tmp_path / "cpu", device="cpu", seed=5)
+    more = {"gpu_memory": enough(case, gpu_memory), "memory_budget": enough(case, "3MiB")}
     with place(device) as where:
-        report = merge_checkpoints(
-            config(case, paths), tmp_path / "gpu", device=where, gpu_memory=gpu_memory, memory_budget="3MiB", seed=5
-        )
+        report = merge_checkpoints(config(case, paths), tmp_path / "gpu", device=where, seed=5, **more)
     assert report.digest == expected.digest
     assert report.device != "cpu"
     if device == "cuda":
@@ -138,10 +142,11 @@ def test_auto_takes_the_gpu_and_the_plan_says_what_of_it(device: str, paths: lis
 def test_state_dicts(case: str, where: str, device: str, models: tuple[Tensors, list[Tensors]]) -> None:
     base, tuned = models
     method = case.partition(" ")[0]
-    arguments: dict[str, Any] = {"method": method, "weight": WEIGHTS, "seed": 5, **parameters_for(case)}
+    tuned = taken(method, tuned)
+    arguments: dict[str, Any] = {"method": method, "seed": 5, **parameters_for(case), **weighed(method, WEIGHTS)}
 
     def merged(base: Tensors, tuned: list[Tensors], **more: Any) -> Tensors:
-        return fastmerge.merge(tuned, base=None if method == "linear" else base, **arguments, **more)
+        return fastmerge.merge(tuned, base=base if knows_base(method) else None, **arguments, **more)
 
     expected = merged(base, tuned)
     if where != "here":
@@ -149,7 +154,7 @@ def test_state_dicts(case: str, where: str, device: str, models: tuple[Tensors, 
     if where == "there":
         tuned = [to(device, one) for one in tuned]
     with place(device) as target:
-        more = {"device": target, "gpu_memory": "2MiB"} if where != "there" else {}
+        more = {"device": target, "gpu_memory": enough(case, "2MiB")} if where != "there" else {}
         found = merged(base, tuned, **more)
     for name, tensor in expected.items():
         assert found[name].device.type == device
