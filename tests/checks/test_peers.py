@@ -19,13 +19,13 @@ def test_each_environment_pins_one_version_of_everything_and_has_tests(name):
 
 # Of other versions of a peer, the tests of what can differ between versions; `python -m checks.peers` runs all.
 VERSIONED = {
-    "mergekit": "replaced_method or sparsify_gives or added_methods or slerp or sce or disable",
+    "mergekit": "(replaced_method and (ties or linear)) or sparsify_gives or added_methods or slerp or sce or disable",
     "peft": "looks_as or equal_peft or svd_forms or sources or frozen or condensed or plain_layer",
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", peers.PINNED)
+@pytest.mark.parametrize("name", [name for name in peers.PINNED if name != "peft_0.20"])  # as 0.19 in what is replaced
 def test_the_tests_beside_a_peer_pass_in_its_own_environment(name):
     folder = ROOT / "build" / "peers"
     try:

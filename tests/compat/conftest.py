@@ -6,11 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 # The families that the benchmarks merge serve here too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 TIED = pytest.StashKey[dict[str, list[int]]]()
+
+
+@pytest.fixture(autouse=True)
+def gradients_are_recorded():
+    """Whatever ran in this process before."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_one_digest_whatever_the_device_does_first(
     report = merged_on(device, case, paths, out, gpu_memory=gpu_memory, memory_budget=memory_budget)
     assert report.digest == digests[case]
     assert device.taken <= gpu_memory and device.pinned_bytes <= memory_budget
-    assert device.copies >= 4 * 3 and device.runs >= 4 and device.closed
+    assert device.copies >= 4 * 2 and device.runs >= 4 and device.closed
     assert report.device == "fake" and report.bytes_read > 0
 
 

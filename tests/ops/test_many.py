@@ -80,7 +80,7 @@ def test_consensus_merge_many(backend: str, data: st.DataObject) -> None:
 
 
 @each_working_backend
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_a_prepared_merge_is_the_same_again_and_again(backend: str, data: st.DataObject) -> None:
     data.draw(configurations(backend))

@@ -88,6 +88,7 @@ def test_scores_of_special_numbers_between_special_bounds(
 
 
 @each_backend
+@settings(max_examples=120)
 @given(data=st.data())
 def test_pcb_window(backend: str, data: st.DataObject) -> None:
     data.draw(configurations(backend))
@@ -114,6 +115,7 @@ def test_pcb_window(backend: str, data: st.DataObject) -> None:
 
 
 @each_backend
+@settings(max_examples=120)
 @given(data=st.data())
 def test_pcb_histogram(backend: str, data: st.DataObject) -> None:
     data.draw(configurations(backend))

@@ -228,7 +228,7 @@ def random_models(generator: chance.Random, tensors: int, models: int) -> list[l
     seed=st.integers(0, 1 << 30), count=st.integers(1, 6), models=st.integers(1, 3), with_base=st.booleans(),
     compute=strategies.computes, kept=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_many_tensors_are_what_they_are_one_by_one(
     seed: int, count: int, models: int, with_base: bool, compute: torch.dtype, kept: bool
 ) -> None:
