@@ -275,9 +275,11 @@ class _Search:
         else:
             # What the method refuses is refused for the first point, before any evaluation.
             try:
-                score, error = self.development.measure(self._subject(self.merged(parameters)))
+                subject = self._subject(self.merged(parameters))
             except MergeError as failed:
                 score, error = None, " ".join(str(failed).split())
+            else:
+                score, error = self.development.measure(subject)
             self.history.add("evaluation", {**what, "score": score, **({"error": error} if error else {})})
         self.failures += bool(error)
         self.development.count(error, f"point {self.evaluations}")
@@ -288,7 +290,15 @@ class _Search:
     def _subject(self, state: dict[str, Tensor]) -> Any:
         if self.model is None:
             return state
-        self.model.load_state_dict(state, strict=False)
+        result = self.model.load_state_dict(state, strict=False)
+        own = self.model.state_dict()
+        written = {own[name].data_ptr() for name in state if name in own}
+        left = [name for name in result.missing_keys if own[name].data_ptr() not in written]
+        if result.unexpected_keys or left:
+            name, where = (result.unexpected_keys[0], "model") if result.unexpected_keys else (left[0], "merge")
+            raise ArgumentError(
+                f"the {where} has no tensor {name!r}: the module and the merge are of two architectures."
+            )
         return self.model
 
     def _final(self, final: FinalScore | None, subject: Any) -> tuple[float | None, str]:
