@@ -107,6 +107,8 @@ def search(
     if isinstance(models, str | Path | Mapping | torch.nn.Module) or not isinstance(models, Sequence):
         raise ArgumentTypeError("models must be a list of state dicts, modules or checkpoints.")
     axes = _axes(space, method, len(models), fixed)
+    for end in (0.0, 1.0):
+        _check_parameters(method, _parameters(axes, fixed, [end] * len(axes)), len(models))
     asked = make(sampler, len(axes), seed)
     tensors = [load(one, f"models[{index}]")[1] for index, one in enumerate(models)]
     based = None if base is None else load(base, "base")[1]
@@ -174,6 +176,40 @@ def _axis(name: str, model: int | None, value: Any) -> _Axis:
     return _Axis(name, model, float(value[0]), float(value[1]))
 
 
+def _parameters(axes: Sequence[_Axis], fixed: Mapping[str, Any], point: Sequence[float]) -> dict[str, Any]:
+    """What a point of the unit cube stands for, as `fastmerge.merge` takes it."""
+    found: dict[str, Any] = dict(fixed)
+    for axis, share in zip(axes, point, strict=True):
+        value = axis.low + (axis.high - axis.low) * min(max(float(share), 0.0), 1.0)
+        if axis.model is None:
+            found[axis.name] = value
+        else:
+            found.setdefault(axis.name, []).append(value)
+    return found
+
+
+def _check_parameters(method: str, parameters: Mapping[str, Any], models: int) -> None:
+    """ParameterError: the method would refuse these: asked at both ends, lest it does so in the middle of a search."""
+    known = methods.parameters(method)
+    by_python_name = {each.python_name: each for each in known.values()}
+    shared: dict[str, Any] = {}
+    each: list[dict[str, Any]] = [{} for _ in range(models)]
+    for name, value in parameters.items():
+        parameter = by_python_name.get(name) or known.get(name)
+        if parameter is None:
+            raise ArgumentError(methods.explain_unknown_parameter(name.removesuffix("_"), method))
+        if parameter.per_model and isinstance(value, list | tuple):
+            for mapping, one in zip(each, value, strict=False):
+                mapping[parameter.name] = one
+        elif parameter.per_model:
+            for mapping in each:
+                mapping[parameter.name] = value
+        else:
+            shared[parameter.name] = value
+    labels = [f"models[{index}]" for index in range(models)]
+    methods.bind(methods.get(method), shared, each, tensor="any", labels=labels)
+
+
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest_of(StateDictSource("a model", tensors).tensors, tensors)[0]
 
@@ -230,7 +266,7 @@ class _Search:
         found: list[float | None] = []
         before, failed = self.resumed, self.failures
         for point in points[: self.most - self.evaluations]:
-            found.append(self._score(self._parameters(point)))
+            found.append(self._score(_parameters(self.axes, self.fixed, point)))
         complete = len(found) == len(points)
         if complete:
             # A sampler wants a number for each point: a failed one is as bad as the worst.
@@ -254,16 +290,6 @@ class _Search:
                     resumed=self.resumed - before == len(found),
                 )
             )
-
-    def _parameters(self, point: Sequence[float]) -> dict[str, Any]:
-        found: dict[str, Any] = dict(self.fixed)
-        for axis, share in zip(self.axes, point, strict=True):
-            value = axis.low + (axis.high - axis.low) * min(max(float(share), 0.0), 1.0)
-            if axis.model is None:
-                found[axis.name] = value
-            else:
-                found.setdefault(axis.name, []).append(value)
-        return found
 
     def _score(self, parameters: dict[str, Any]) -> float | None:
         what = {"generation": len(self.scores) + 1, "parameters": parameters}

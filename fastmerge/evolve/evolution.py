@@ -106,8 +106,8 @@ def evolve(
         seed: the same seed makes the same trials, on every machine and backend.
         merger: with `evolver`: members are merged, and what they merge to is scored. A merge method's name, a mapping
             such as {"method": "ties", "density": 0.5}, or a function of a list of state dicts.
-        model: a module whose parameters take the values of each trial in turn, and in the end those of the best. It
-            needs the memory of one model; without it a dict of tensors does.
+        model: a module whose parameters take the values of each trial in turn, and in the end those of the best; also
+            where the run is interrupted. It needs the memory of one model; without it a dict of tensors does.
         final_score: taken once, at the end, of the chosen model, on examples that `score` has not seen.
         state: a directory for `history.jsonl`. A run that finds its own there goes on where it ended, to the same bits.
         members: "recipes" holds members as the numbers that they are made again from: the memory of the inputs and one
@@ -211,11 +211,16 @@ class _Run:
         self.scratch = self._scratch() if merger else {}
 
     def go(self, final: FinalScore | None) -> EvolveReport:
-        """All generations, the choice, and the final score."""
-        self._first_generation()
-        first = _finite(max(self.scores))
-        for step in range(self.generations):
-            self._generation(step)
+        """All generations, the choice, and the final score. A module holds the best so far, however this ends."""
+        try:
+            self._first_generation()
+            first = _finite(max(self.scores))
+            for step in range(self.generations):
+                self._generation(step)
+        except BaseException:
+            if isinstance(self.live.subject, torch.nn.Module) and math.isfinite(max(self.scores)):
+                self._show_best()
+            raise
         best = self._show_best()
         score, error = self._final(final)
         state: dict[str, Tensor] = {}

@@ -187,6 +187,23 @@ def test_a_module_takes_each_trial_and_in_the_end_the_best() -> None:
     assert all(x.grad_fn is None for x in live.parameters())
 
 
+def test_a_module_holds_the_best_so_far_where_a_run_is_interrupted() -> None:
+    nets = [torch.nn.Linear(3, 2) for _ in range(3)]
+    live = torch.nn.Linear(3, 2)
+    left = 5
+
+    def score(module: torch.nn.Linear) -> float:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return float(left == 3)  # the second input model
+
+    with pytest.raises(KeyboardInterrupt):
+        evolve(nets, score, model=live, generations=3)
+    same(dict(live.state_dict()), dict(nets[1].state_dict()))
+
+
 def test_what_an_evaluator_does_to_the_live_tensors_does_no_harm() -> None:
     def spoiled(model: State) -> float:
         score = SPHERE(model)

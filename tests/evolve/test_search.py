@@ -25,6 +25,14 @@ def score(model: dict[str, Tensor]) -> float:
     return -float((model["w"] - GOAL["w"]).double().square().sum())
 
 
+def unscored(model: dict[str, Tensor]) -> float:
+    raise KeyboardInterrupt("an evaluation")
+
+
+def never(model: dict[str, Tensor]) -> float:
+    raise ValueError("no")
+
+
 class Climb:
     """Points near the best one so far, three at a time."""
 
@@ -116,9 +124,6 @@ def test_a_failed_point_is_as_bad_as_the_worst() -> None:
     assert sampler.told[1] == min(sampler.told[0], sampler.told[2])
     assert sampler.told[4] == sampler.told[5] == min(sampler.told[:4])
 
-    def never(model: dict[str, Tensor]) -> float:
-        raise ValueError("no")
-
     with pytest.raises(MergeError, match="no evaluation has succeeded"):
         found(evaluations=2, evaluate=never)
 
@@ -143,14 +148,19 @@ def test_a_module_takes_each_merge() -> None:
         ({"space": {"weight": (0, 1)}, "sampler": "grid"}, "there are cma, optuna"),
         ({"space": {"weight": (0, 1)}, "sampler": 3}, "have ask and tell, not int"),
         ({"space": {"weight": (0, 1)}, "sampler": Climb(1), "evaluations": 0}, "evaluations must be a whole number"),
-        ({"space": {"weight": (0, 1)}, "sampler": Climb(1), "final_score": score}, "are the same function"),
-        ({"space": {"density": (-3, -2)}, "sampler": Climb(1), "weight": 1.0}, "density"),
+        (
+            {"space": {"weight": (0, 1)}, "sampler": Climb(1), "final_score": score, "score": score},
+            "are the same function",
+        ),
+        # The second half of the range is refused before the first half is tried.
+        ({"space": {"density": (0.5, 3)}, "sampler": Climb(1), "weight": 1.0}, "density"),
+        ({"space": {"weight": (0, 1)}, "sampler": Climb(1), "densty": 1.0}, "densty"),
         ({"space": {"weight": (0, 1)}, "sampler": Climb(1), "model": torch.nn.Linear(2, 2)}, "no tensor 'w'"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(FastmergeError, match=sentence):
-        search([ONE, TWO], score, base=BASE, **options)
+        search([ONE, TWO], **{"score": unscored, "base": BASE, **options})
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
