@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmerge import methods
 from fastmerge.engine.sources import StateDictSource
-from fastmerge.errors import ArgumentError, ArgumentTypeError, MergeError
+from fastmerge.errors import ArgumentError, ArgumentTypeError, EvaluationError, MergeError
 from fastmerge.evolve.evaluator import DevelopmentScore, FinalScore, Score, both
 from fastmerge.evolve.history import History
 from fastmerge.evolve.members import Model, digest_of, load
@@ -242,11 +242,13 @@ class _Search:
         while self.evaluations < self.most:
             self._batch()
         if self.best is None:
-            raise MergeError("no evaluation has succeeded, so there is no best merge; see the history for the reasons.")
+            raise EvaluationError(
+                "no evaluation has succeeded, so there is no best merge; see the history for the reasons."
+            )
         value, parameters = self.best
         state = self.merged(parameters)
-        subject = self._subject(state)
-        score, error = self._final(final, subject)
+        digest = _digest(state)
+        score, error = self._final(final, self._subject(state))
         return SearchReport(
             state=state,
             parameters=parameters,
@@ -257,7 +259,7 @@ class _Search:
             evaluations=self.evaluations,
             failures=self.failures,
             resumed=self.resumed,
-            digest=_digest(state),
+            digest=digest,
             history=self.history.records,
         )
 

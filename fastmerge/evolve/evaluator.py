@@ -60,16 +60,20 @@ class FinalScore:
 
     function: Score
 
-    def __init__(self, function: Score | FinalScore) -> None:
+    def __init__(self, function: Score) -> None:
         if isinstance(function, DevelopmentScore):
             raise ArgumentTypeError("final_score is a DevelopmentScore, which has seen every trial; pass another one.")
-        self.function = _callable("final_score", function.function if isinstance(function, FinalScore) else function)
+        self.function = _callable("final_score", function)
         self._called = False
+
+    def check_unused(self) -> None:
+        """ArgumentError: it has been taken already."""
+        if self._called:
+            raise ArgumentError("a FinalScore is taken once; make a new one for another search.")
 
     def measure_once(self, model: Any) -> tuple[float | None, str]:
         """The score; or None, and why it failed. ArgumentError the second time."""
-        if self._called:
-            raise ArgumentError("a FinalScore is taken once; make a new one for another search.")
+        self.check_unused()
         self._called = True
         try:
             return _number(self.function(model)), ""
@@ -84,7 +88,8 @@ def both(
     development = DevelopmentScore(score)
     if final is None:
         return development, None
-    last = FinalScore(final)
+    last = final if isinstance(final, FinalScore) else FinalScore(final)
+    last.check_unused()
     if last.function == development.function:
         raise ArgumentError(
             "score and final_score are the same function: what has chosen a model says nothing new of it. Pass one "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmerge import backends
-from fastmerge.errors import ArgumentError, ArgumentTypeError, MergeError
+from fastmerge.errors import ArgumentError, ArgumentTypeError, EvaluationError, MergeError
 from fastmerge.evolve import mergers
 from fastmerge.evolve.draws import Draws
 from fastmerge.evolve.evaluator import DevelopmentScore, FinalScore, Score, both
@@ -122,7 +122,7 @@ def evolve(
 
     Raises:
         ArgumentError, ArgumentTypeError, CheckpointError: before any evaluation.
-        EvaluationError: three evaluations in a row failed.
+        EvaluationError: three evaluations in a row failed, or none succeeded.
         MergeError: the history cannot be written.
 
     Sources: Evolver, arXiv 2406.12208; SaDE, Qin, Huang, Suganthan 2009; CADE; see docs/evolve.md.
@@ -130,8 +130,8 @@ def evolve(
     development, final = both(score, final_score)
     chosen = make(strategy, F, CR, options)
     _check(models, chosen, generations, seed, merger, members)
-    backends.resolve(backend, "cpu")
     inputs = gather(models, exclude)
+    backends.resolve(backend, inputs.tensors[0][inputs.evolved[0]].device)
     merged, merger_name = None, None
     if merger is not None:
         based = None if base is None else load(base, "base")[1]
@@ -221,6 +221,10 @@ class _Run:
             if isinstance(self.live.subject, torch.nn.Module) and math.isfinite(max(self.scores)):
                 self._show_best()
             raise
+        if not math.isfinite(max(self.scores)):
+            raise EvaluationError(
+                "no evaluation has succeeded, so there is no best model; see the history for the reasons."
+            )
         best = self._show_best()
         score, error = self._final(final)
         state: dict[str, Tensor] = {}
@@ -363,6 +367,8 @@ class _Run:
         if told is not None:
             return told["score"], told.get("error", "")
         score, error = final.measure_once(self.live.subject)
+        # Whatever it has done to the live tensors.
+        self._show_best()
         self.history.add("final", {"score": score, **({"error": error} if error else {})})
         self.history.flush()
         return score, error

@@ -138,7 +138,7 @@ def _write(
                     "base_model": config.base_model,
                     "models": config.models,
                     "version": package_version("fastmerge"),
-                    "command": shlex.join(["fastmerge", "evolve", name, out.name]),
+                    "command": shlex.join(["fastmerge", "evolve", name, out.name, "--seed", str(config.seed)]),
                     "digest": digest,
                 },
             )

@@ -29,6 +29,7 @@ class Live:
             return
         if not isinstance(model, torch.nn.Module):
             raise ArgumentTypeError(f"model must be a torch.nn.Module, or None, not {type(model).__name__}.")
+        inputs = {t.data_ptr() for tensors in members.tensors for t in tensors.values() if t.numel()}
         own = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
         self.subject = model
         self.tensors = {}
@@ -39,7 +40,7 @@ class Live:
                 if name in members.aliases:
                     continue
                 raise ArgumentError(
-                    f"the model has no tensor {name!r}, which the members have; they are others' members."
+                    f"the model has no tensor {name!r}, which the members have; pass members of its architecture."
                 )
             if tuple(tensor.shape) != info.shape:
                 raise ArgumentError(
@@ -57,8 +58,13 @@ class Live:
                     f"{written[tensor.data_ptr()]!r} and {name!r} are one parameter in the model, but two in the "
                     "members; pass members that tie them."
                 )
+            if tensor.data_ptr() in inputs:
+                raise ArgumentError(
+                    f"{name!r} of the model is the memory of one of the members, which must stay as they are; pass a "
+                    "copy of the module (copy.deepcopy) as model."
+                )
             self.tensors[name] = tensor
         held = set(written)
         for name, tensor in own.items():
             if name not in members.infos and tensor.numel() and tensor.data_ptr() not in held:
-                raise ArgumentError(f"the model has the tensor {name!r}, which the members lack; leave none undefined.")
+                raise ArgumentError(f"the model has the tensor {name!r}, which the members lack; pass whole members.")

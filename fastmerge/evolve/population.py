@@ -53,7 +53,12 @@ class Population:
         leaves = dict(zip(self._at, self._held, strict=True)) if self.kept else dict(enumerate(self._held))
         order = needed(recipes, self._first, [node], frozenset(leaves))
         evolved = frozenset(self._members.evolved)
+        done: frozenset[str] = frozenset()
+        if len(order) == 1:
+            done = self._whole(recipes[order[0] - self._first], leaves, {n: x for n, x in live.items() if n in evolved})
         for name, out in live.items():
+            if name in done:
+                continue
             if name in evolved and order:
                 values = {leaf: tensors[name].view(-1) for leaf, tensors in leaves.items()}
                 self._compute(name, recipes, order, values, out)
@@ -70,13 +75,30 @@ class Population:
 
     # -- computing
 
+    def _whole(
+        self, recipe: Recipe, leaves: Mapping[int, Mapping[str, Tensor]], live: Mapping[str, Tensor]
+    ) -> frozenset[str]:
+        """A trial of members that are there, all of its tensors at once; those that it can be written to directly."""
+        x = leaves[recipe.x]
+        names = [name for name, out in live.items() if _direct(out, x[name])]
+        if names:
+            recipe.apply_whole(
+                {node: [leaves[node][name].view(-1) for name in names] for node in set(recipe.parents)},
+                names=names,
+                tensor_ids=[self._members.ids[name] for name in names],
+                seed=self._seed,
+                out=[live[name].view(-1) for name in names],
+                backend=self._backend,
+            )
+        return frozenset(names)
+
     def _compute(
         self, name: str, recipes: Sequence[Recipe], order: Sequence[int], values: Mapping[int, Tensor], out: Tensor
     ) -> None:
         """One tensor of the last node of `order`, into `out`."""
         numel = out.numel()
         like = next(iter(values.values()))
-        direct = out.is_contiguous() and out.dtype == like.dtype and out.device == like.device
+        direct = _direct(out, like)
         flat = out.view(-1) if direct else torch.empty_like(like)
         step = numel if len(order) == 1 else PIECE
         for start in range(0, numel, step):
@@ -144,6 +166,11 @@ class Population:
                     tensor[start:stop] = made[node]
         for member in stale:
             self._at[member] = self.slots[member]
+
+
+def _direct(out: Tensor, like: Tensor) -> bool:
+    """Whether values of a member's tensor can be computed into this one."""
+    return out.is_contiguous() and out.dtype == like.dtype and out.device == like.device
 
 
 def fits_in_memory(members: Members, available: Callable[[], int | None]) -> bool:

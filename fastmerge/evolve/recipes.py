@@ -67,18 +67,32 @@ class Recipe:
 
         out: where to put them; None takes new memory. The result has the dtype of x: each node is rounded to it.
         """
-        forced = self.forced[1] if self.forced is not None and self.forced[0] == name else None
-        x, *others = (values[node] for node in self.parents)
-        named: dict[str, Any] = {
-            "seed": seed,
-            "generation": self.generation,
-            "member": self.member,
-            "tensor_id": tensor_id,
-            "offset": offset,
-            "forced": forced,
-            "out": out,
-            "backend": backend,
-        }
+        forced = self._forced_in(name)
+        named: dict[str, Any] = {"tensor_id": tensor_id, "offset": offset, "forced": forced, "out": out}
+        result: Tensor = self._mixed([values[node] for node in self.parents], named, seed, backend)
+        return result
+
+    def apply_whole(
+        self,
+        values: Mapping[int, list[Tensor]],
+        *,
+        names: Sequence[str],
+        tensor_ids: Sequence[int],
+        seed: int,
+        out: list[Tensor],
+        backend: str,
+    ) -> None:
+        """Whole tensors of the trial at once, flat, to `out`: on a GPU one launch does for many."""
+        forced = [self._forced_in(name) for name in names]
+        named: dict[str, Any] = {"tensor_id": list(tensor_ids), "forced": forced, "out": out}
+        self._mixed([values[node] for node in self.parents], named, seed, backend)
+
+    def _forced_in(self, name: str) -> int | None:
+        return self.forced[1] if self.forced is not None and self.forced[0] == name else None
+
+    def _mixed(self, values: Sequence[Any], named: dict[str, Any], seed: int, backend: str) -> Any:
+        named |= {"seed": seed, "generation": self.generation, "member": self.member, "backend": backend}
+        x, *others = values
         if self.kind == "blend":
             return blend_trial(x, others[0], self.factors[0], self.crossover, **named)
         a, b, c, *further = others

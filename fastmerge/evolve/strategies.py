@@ -41,7 +41,6 @@ class Strategy(Protocol):
     name: ClassVar[str]
     equal_replaces: ClassVar[bool]
     """Whether a trial that is as good as the member takes its place, too."""
-    learns: ClassVar[bool]
 
     def least_members(self) -> tuple[int, str]:
         """How many members it needs, and for what."""
@@ -86,7 +85,6 @@ class Evolver:
     CR: Coefficient = None
     name: ClassVar[str] = "evolver"
     equal_replaces: ClassVar[bool] = False
-    learns: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.F = _number("F", self.F, 0.5, 1.0, "evolver")
@@ -148,7 +146,6 @@ class De:
     window: int = 5
     name: ClassVar[str] = "de"
     equal_replaces: ClassVar[bool] = True
-    learns: ClassVar[bool] = True
     _adaptation: Adaptation = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -227,7 +224,6 @@ class Cade:
     jitter: bool = False
     name: ClassVar[str] = "cade"
     equal_replaces: ClassVar[bool] = True
-    learns: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         # Half of what may be: with jitter the two are added.

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastmerge import merge
 from fastmerge.errors import ArgumentError, CheckpointError, EvaluationError, FastmergeError
 from fastmerge.evolve import Cade, De, DevelopmentScore, Evolver, FinalScore, evolve, population
+from fastmerge.evolve.members import gather
 from tests.evolve.problems import PROBLEMS, as_model, points, score_of
 from tests.numeric import assert_bitwise_equal
 
@@ -74,6 +75,12 @@ def test_the_best_score_never_falls(strategy: str, options: dict[str, Any]) -> N
     scores = [score for score in report.scores if score is not None]
     assert len(scores) == 13 and scores == sorted(scores) and report.score == scores[-1]
     assert scores[0] == report.first_score
+
+
+@pytest.mark.parametrize(("strategy", "accepted"), [("evolver", 0), ("cade", 6), ("de", 6)])
+def test_what_is_as_good_replaces_a_member_in_differential_evolution_alone(strategy: str, accepted: int) -> None:
+    report = evolve(family(), lambda model: 1.0, strategy=strategy, generations=2)
+    assert [each["accepted"] for each in report.history if each["event"] == "generation"] == [0, accepted, accepted]
 
 
 def test_a_history_can_be_worked_out_by_hand() -> None:
@@ -178,6 +185,7 @@ def test_a_module_takes_each_trial_and_in_the_end_the_best() -> None:
         met.append(int(module.norm.num_batches_tracked))
         return -float(sum((x.detach().double() ** 2).sum() for x in module.parameters()))
 
+    assert gather(nets).evolved == ["embed.weight", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"]
     report = evolve(nets, score, model=live, generations=3, seed=1)
     assert {name: tensor.data_ptr() for name, tensor in live.state_dict().items()} == homes
     assert met == [0, 1, 2] * 4  # integers are each member's own, and stay so
@@ -199,9 +207,29 @@ def test_a_module_holds_the_best_so_far_where_a_run_is_interrupted() -> None:
             raise KeyboardInterrupt
         return float(left == 3)  # the second input model
 
+    with pytest.raises(ArgumentError, match=r"'weight' of the model is the memory of one of the members"):
+        evolve(nets, score, model=nets[1], generations=3)
     with pytest.raises(KeyboardInterrupt):
         evolve(nets, score, model=live, generations=3)
     same(dict(live.state_dict()), dict(nets[1].state_dict()))
+
+
+def test_a_module_of_another_dtype_takes_the_rounded_values() -> None:
+    nets = [torch.nn.Linear(9, 4).bfloat16() for _ in range(4)]
+    live = torch.nn.Linear(9, 4)
+
+    def score(module: torch.nn.Linear) -> float:
+        return -float(module.weight.detach().double().square().sum())
+
+    for members in ("recipes", "tensors"):
+        report = evolve(nets, score, model=live, generations=2, strategy="cade", members=members)
+        kept = evolve([net.state_dict() for net in nets], _norm_of_weight, generations=2, strategy="cade")
+        assert kept.score == report.score
+        assert_bitwise_equal(live.weight.detach(), kept.state["weight"].float())
+
+
+def _norm_of_weight(state: State) -> float:
+    return -float(state["weight"].double().square().sum())
 
 
 def test_what_an_evaluator_does_to_the_live_tensors_does_no_harm() -> None:
@@ -312,6 +340,11 @@ def test_a_failed_trial_is_logged_and_the_run_goes_on(caplog: pytest.LogCaptureF
     json.dumps(report.to_dict(), allow_nan=False)
 
 
+def test_without_any_score_there_is_no_best_model() -> None:
+    with pytest.raises(EvaluationError, match="no evaluation has succeeded"):
+        evolve(family(2), lambda model: math.nan, generations=0)
+
+
 def test_three_failures_in_a_row_end_the_run_and_a_resumed_one_tries_again(tmp_path: Path) -> None:
     broken = True
     calls = 0
@@ -342,13 +375,19 @@ def test_the_final_score_is_taken_once_of_the_chosen_member(tmp_path: Path) -> N
 
     def final(model: State) -> float:
         seen.append(SPHERE(model))
+        model["head.bias"].zero_()
         return 42.0
 
     report = evolve(family(), SPHERE, generations=2, final_score=final, state=tmp_path)
+    assert SPHERE(report.state) == report.score  # whatever the final evaluation did to it
     assert seen == [report.score] and report.final == 42.0
     again = evolve(family(), SPHERE, generations=2, final_score=final, state=tmp_path)
     assert len(seen) == 1 and again.final == 42.0 and again.resumed == again.evaluations
     same(again.state, report.state)
+    once = FinalScore(len)
+    assert evolve(family(), SPHERE, generations=1, final_score=once).final == 3
+    with pytest.raises(ArgumentError, match="a FinalScore is taken once"):
+        evolve(family(), never, generations=1, final_score=once)
     failing = evolve(family(), SPHERE, generations=1, final_score=lambda model: math.nan)
     assert failing.final is None and "the score is nan" in failing.final_error and failing.score is not None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -120,6 +121,20 @@ def test_a_variant_mixes_whom_it_says(variant: str) -> None:
         assert variant == "current-to-rand/1" or (trial.forced and trial.crossover == 0.25)
         seen.update(drawn)
     assert seen == set(range(1, members))
+
+
+def test_cade_takes_three_different_others() -> None:
+    trials = [Cade().trial(1, 4, 0, 1, [0.0] * 4, Draws(seed, 1, 1)) for seed in range(100)]
+    assert {trial.others for trial in trials} == set(itertools.permutations((0, 2, 3)))
+    assert {(trial.kind, trial.forced, trial.factors, trial.crossover) for trial in trials} == {
+        ("de", True, (0.5,), 0.5)
+    }
+
+
+def test_each_decision_has_numbers_of_its_own() -> None:
+    places = list(itertools.product((0, 1, 11), (1, 2, 11), (0, 1, 11)))
+    assert len({Draws(*place).uniform() for place in places}) == len(places)
+    assert Draws(1, 2, 3).distinct(9, range(9)) == Draws(1, 2, 3).distinct(9, range(9))
 
 
 def test_evolver_takes_the_best_other_member_or_a_random_one() -> None:

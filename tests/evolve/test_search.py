@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmerge import merge
-from fastmerge.errors import ArgumentError, FastmergeError, MergeError
+from fastmerge.errors import ArgumentError, EvaluationError, FastmergeError
 from fastmerge.evolve import search
 from tests.numeric import assert_bitwise_equal
 
@@ -124,7 +124,7 @@ def test_a_failed_point_is_as_bad_as_the_worst() -> None:
     assert sampler.told[1] == min(sampler.told[0], sampler.told[2])
     assert sampler.told[4] == sampler.told[5] == min(sampler.told[:4])
 
-    with pytest.raises(MergeError, match="no evaluation has succeeded"):
+    with pytest.raises(EvaluationError, match="no evaluation has succeeded"):
         found(evaluations=2, evaluate=never)
 
 
