@@ -208,7 +208,7 @@ def test_a_module_holds_the_best_so_far_where_a_run_is_interrupted() -> None:
         return float(left == 3)  # the second input model
 
     with pytest.raises(ArgumentError, match=r"'weight' of the model is the memory of one of the members"):
-        evolve(nets, score, model=nets[1], generations=3)
+        evolve(nets, never, model=nets[1], generations=3)
     with pytest.raises(KeyboardInterrupt):
         evolve(nets, score, model=live, generations=3)
     same(dict(live.state_dict()), dict(nets[1].state_dict()))
@@ -315,6 +315,25 @@ def test_with_a_merger_what_members_merge_to_is_scored() -> None:
     again = evolve(models, SPHERE, merger=merger, generations=3, seed=2)
     assert again.scores == report.scores and set(calls) == {3} and len(calls) == 11
     same(again.state, report.state)
+
+
+def test_a_trial_is_merged_in_its_members_place() -> None:
+    models, calls = family(count=4), []
+
+    def merger(members: Any) -> Any:
+        calls.append(copies(members))
+        return members[0]
+
+    report = evolve(models, lambda model: 0.0, merger=merger, generations=2, F=0.5, CR=1.0)
+    trials = [each for each in report.history if each["event"] == "evaluation"]
+    assert len(calls) == 1 + 8 + 1 and sorted(each["member"] for each in trials[5:]) == [0, 1, 2, 3]
+    for record, members in zip(trials[1:], calls[1:], strict=False):
+        expected = copies(models)
+        for name in ("body.weight", "head.bias"):
+            x, ref = (models[node][name] for node in (record["x"], *record["others"]))
+            expected[record["member"]][name] = 0.5 * x + 0.5 * ref
+        for one, other in zip(members, expected, strict=True):
+            same(one, other)
 
 
 # -- failures
@@ -528,8 +547,12 @@ def test_members_of_checkpoints_may_use_the_memory_that_they_were_read_into(tmp_
     for number, model in enumerate(models):
         (tmp_path / str(number)).mkdir()
         save_file(model, tmp_path / str(number) / "model.safetensors")
-    report = evolve([tmp_path / str(number) for number in range(4)], SPHERE, strategy="cade", generations=6)
+    folders = [tmp_path / str(number) for number in range(4)]
+    report = evolve(folders, SPHERE, strategy="cade", generations=6, state=tmp_path / "state")
     assert report.held == "tensors"
+    # All members are brought from the files' values to where the history ends, at once and in place.
+    resumed = evolve(folders, never, strategy="cade", generations=6, state=tmp_path / "state")
+    assert resumed.digest == report.digest and resumed.resumed == 28
     again = evolve(models, SPHERE, strategy="cade", generations=6, members="recipes")
     assert [each["score"] for each in report.history if each["event"] == "evaluation"] == [
         each["score"] for each in again.history if each["event"] == "evaluation"
