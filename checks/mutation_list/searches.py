@@ -15,12 +15,6 @@ MUTATIONS = [
         EVOLVE,
         ("pieces know where they lie", "offset=start,", "offset=0,"),
         ("integers are the member's own", "source = leaves[node] if", "source = self._held[0] if"),
-        (
-            "what is overwritten may be another one's parent",
-            "                made = self._chain(name, self.recipes, order, values, start, stop, room)\n",
-            "                room = {node: tensor[start:stop] for node, tensor in zip(targets, new)}\n"
-            "                made = self._chain(name, self.recipes, order, values, start, stop, room)\n",
-        ),
         ("models in memory are not changed", "if not self._own[member]:", "if False:"),
         ("a value is kept while it is needed", "if last[parent] == node and", "if True and"),
     ),

@@ -161,7 +161,7 @@ class Population:
                 stop = min(start + PIECE, new[0].numel())
                 room = {node: torch.empty_like(new[0][start:stop]) for node in targets}
                 made = self._chain(name, self.recipes, order, values, start, stop, room)
-                # Only now: what is overwritten may be another one's parent.
+                # Only now: what is overwritten is an input of the chain.
                 for node, tensor in zip(targets, new, strict=True):
                     tensor[start:stop] = made[node]
         for member in stale:

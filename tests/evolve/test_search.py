@@ -25,10 +25,6 @@ def score(model: dict[str, Tensor]) -> float:
     return -float((model["w"] - GOAL["w"]).double().square().sum())
 
 
-def unscored(model: dict[str, Tensor]) -> float:
-    raise KeyboardInterrupt("an evaluation")
-
-
 def never(model: dict[str, Tensor]) -> float:
     raise ValueError("no")
 
@@ -49,6 +45,17 @@ class Climb:
     def tell(self, points: list[list[float]], scores: list[float]) -> None:
         self.told += scores
         self.best = max([self.best, *zip(scores, points, strict=True)])
+
+
+class Lowest:
+    """The lower end of the range, again and again."""
+
+    name = "lowest"
+
+    def ask(self) -> list[list[float]]:
+        return [[0.0]]
+
+    def tell(self, points: list[list[float]], scores: list[float]) -> None: ...
 
 
 SPACE: dict[str, Any] = {"weight": [(0.0, 1.0), (0.0, 1.0)], "lambda": (0.5, 1.0)}
@@ -153,14 +160,14 @@ def test_a_module_takes_each_merge() -> None:
             "are the same function",
         ),
         # The second half of the range is refused before the first half is tried.
-        ({"space": {"density": (0.5, 3)}, "sampler": Climb(1), "weight": 1.0}, "density"),
+        ({"space": {"density": (0.5, 3)}, "sampler": Lowest(), "weight": 1.0}, "density"),
         ({"space": {"weight": (0, 1)}, "sampler": Climb(1), "densty": 1.0}, "densty"),
         ({"space": {"weight": (0, 1)}, "sampler": Climb(1), "model": torch.nn.Linear(2, 2)}, "no tensor 'w'"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(FastmergeError, match=sentence):
-        search([ONE, TWO], **{"score": unscored, "base": BASE, **options})
+        search([ONE, TWO], **{"score": never, "base": BASE, **options})
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
