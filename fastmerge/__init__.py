@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastmerge.errors import FastmergeError
 
 if TYPE_CHECKING:
-    from fastmerge import backends, errors, experts, integrations, methods, ops, routers
+    from fastmerge import backends, errors, evolve, experts, integrations, methods, ops, routers
     from fastmerge.merging import merge, merge_checkpoints, plan_checkpoints
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "__version__",
     "backends",
     "errors",
+    "evolve",
     "experts",
     "integrations",
     "merge",
@@ -35,7 +36,7 @@ __all__ = [
     "routers",
 ]
 
-_MODULES = ("backends", "errors", "experts", "integrations", "methods", "ops", "routers")
+_MODULES = ("backends", "errors", "evolve", "experts", "integrations", "methods", "ops", "routers")
 _FUNCTIONS = ("merge", "merge_checkpoints", "plan_checkpoints")
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from fastmerge import cli_expert, cli_verify
+from fastmerge import cli_evolve, cli_expert, cli_verify
 from fastmerge.errors import ArgumentError, FastmergeError, MergeError
 
 if TYPE_CHECKING:
@@ -565,6 +565,7 @@ def _guarded(work: Callable[[], None], as_json: bool) -> int:
 
 cli_expert.add_to(app, _guarded, _import_quietly)
 cli_verify.add_to(app, _guarded, _import_quietly)
+cli_evolve.add_to(app, _guarded, _import_quietly)
 
 
 def _complain(message: str, code: int, as_json: bool, *, shown: bool = False) -> int:
@@ -589,7 +590,8 @@ def _interrupted(interrupt: KeyboardInterrupt, as_json: bool) -> int:
             continue
     number = _signal_number(interrupt)
     reason = "Interrupted" if number == signal.SIGINT else "Terminated"
-    return _complain(f"{reason}; nothing was left behind.", 128 + number, as_json)
+    left = getattr(interrupt, "left", "nothing was left behind")
+    return _complain(f"{reason}; {left}.", 128 + number, as_json)
 
 
 def _signal_number(interrupt: BaseException) -> int:

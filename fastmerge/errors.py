@@ -31,5 +31,9 @@ class MergeError(FastmergeError, RuntimeError):
     """The merge failed while running; nothing half-written is left behind (exit code 1)."""
 
 
+class EvaluationError(MergeError):
+    """A search was stopped because its evaluator failed again and again; what it had found is kept in its history."""
+
+
 class PeerError(FastmergeError, RuntimeError):
     """A tool that fastmerge plugs into is missing here, or is not one that it knows."""

@@ -14,6 +14,7 @@ from checks.mutation_list import (
     importance,
     mergekit,
     pcb,
+    searches,
     select,
     shared,
     sparsify,
@@ -23,6 +24,6 @@ from checks.mutation_list.mutation import Mutation
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-_FAMILIES = (shared, select, sparsify, consensus, pcb, expert, geometry, highpass, importance, mergekit, verify)
+_FAMILIES = (shared, select, sparsify, consensus, pcb, expert, geometry, highpass, importance, mergekit, verify, searches)
 
 MUTATIONS = [mutation for family in _FAMILIES for mutation in family.MUTATIONS]

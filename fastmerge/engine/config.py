@@ -124,6 +124,22 @@ def load_config(source: Path | str | Mapping[str, Any]) -> MergeConfig:
     return _Reader(name, lines).config(content, text)
 
 
+def read_yaml(path: Path | str) -> tuple[Any, str, dict[Location, int]]:
+    """The plain values of a YAML file that is no merge config, its text, and the line (from 1) of each value.
+
+    Raises:
+        ConfigError: it cannot be read, or is not YAML of plain values.
+    """
+    text = _read_text(Path(path).expanduser())
+    lines: dict[Location, int] = {}
+    return _Composer(str(path), lines).load(text), text, lines
+
+
+def place(name: str, lines: Mapping[Location, int], path: Location) -> str:
+    """Say where `path` stands in a file that was read: "evolve.yml, line 7"."""
+    return _where(name, lines, path)
+
+
 def _looks_like_yaml(text: str) -> bool:
     if "\n" in text or not text.strip():
         return True

@@ -38,6 +38,7 @@ def test_help_answers_at_once(arguments: list[str]) -> None:
         ["expert", "apply", "a", "b", "-o", "c", "--shard-size", "x"],
         ["verify", "--help"],
         ["verify", "no.yml"],
+        ["evolve", "no.yml", "out"],
     ],
 )
 def test_neither_help_nor_a_wrong_command_line_imports_torch(arguments: list[str]) -> None:
@@ -51,9 +52,9 @@ def test_neither_help_nor_a_wrong_command_line_imports_torch(arguments: list[str
 def test_help_lists_the_commands_there_are_and_no_others(run: Run) -> None:
     result = run("--help")
     assert result.returncode == 0
-    for present in ("merge", "methods", "env", "bench", "expert"):
+    for present in ("merge", "methods", "env", "bench", "expert", "evolve"):
         assert f" {present} " in result.stdout
-    for absent in ("inspect", "evolve", "pcb", "resume"):
+    for absent in ("inspect", "pcb", "resume "):
         assert absent not in result.stdout + run("merge", "--help").stdout
 
 

@@ -12,6 +12,8 @@ import torch
 from checks.layers import LAYERS
 from fastmerge import methods, ops
 from fastmerge.engine import config as config_module
+from fastmerge.evolve import config as evolve_config
+from fastmerge.evolve import strategies
 from fastmerge.reference import random
 from tests.docs.pages import PAGES, ROOT, RUN, blocks, prose
 
@@ -96,6 +98,15 @@ def test_every_key_of_the_config_is_documented() -> None:
     assert [dtype for dtype in config_module.DTYPES if f"`{dtype}`" not in page] == []
 
 
+def test_every_key_of_a_searchs_config_is_documented() -> None:
+    page = text("evolve.md")
+    keys = {*evolve_config.COMMON_KEYS, *evolve_config.EVOLVE_KEYS, *evolve_config.SEARCH_KEYS}
+    assert [key for key in keys if f"`{key}`" not in page] == []
+    names = {*evolve_config.STRATEGIES, *evolve_config.SEARCHES}
+    assert [name for name in names if f"`{name}`" not in page] == []
+    assert set(strategies.STRATEGIES) == set(evolve_config.STRATEGIES)
+
+
 def test_every_environment_variable_is_documented() -> None:
     sources = [*(ROOT / "fastmerge").rglob("*.py"), ROOT / "setup.py"]
     named = {found for path in sources for found in re.findall(r'"(FASTMERGE_[A-Z]+)"', path.read_text())}
@@ -123,7 +134,16 @@ def test_the_stream_ids_are_those_of_the_code(purpose: str) -> None:
 
 
 def test_every_page_about_an_interface_shows_it_at_work() -> None:
-    for name in ("checkpoints.md", "config.md", "experts.md", "mergekit.md", "methods.md", "numbers.md", "ops.md"):
+    for name in (
+        "checkpoints.md",
+        "config.md",
+        "evolve.md",
+        "experts.md",
+        "mergekit.md",
+        "methods.md",
+        "numbers.md",
+        "ops.md",
+    ):
         assert any(one.language in RUN for one in blocks(DOCS / name)), name
 
 
