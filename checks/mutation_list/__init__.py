@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from checks.mutation_list import (
     consensus,
+    evolve,
     expert,
     geometry,
     highpass,
@@ -23,6 +24,6 @@ from checks.mutation_list.mutation import Mutation
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-_FAMILIES = (shared, select, sparsify, consensus, pcb, expert, geometry, highpass, importance, mergekit, verify)
+_FAMILIES = (shared, select, sparsify, consensus, pcb, expert, geometry, highpass, importance, evolve, mergekit, verify)
 
 MUTATIONS = [mutation for family in _FAMILIES for mutation in family.MUTATIONS]

@@ -202,12 +202,16 @@ def _parent(name: str, value: Any) -> Tensor:
 
 def _lists(names: Sequence[str], values: Sequence[Any]) -> list[list[Tensor]]:
     """The roles, x and its parents, each as a list of tensors, of x's shapes."""
+    if not isinstance(values[0], (Tensor, list, tuple)):
+        raise ArgumentTypeError(
+            f"x must be a torch.Tensor or a list of tensors, not {type(values[0]).__name__}; pass a member's weights."
+        )
     if isinstance(values[0], Tensor):
         roles = [[_parent(name, value)] for name, value in zip(names, values)]
     else:
         roles = []
         for name, value in zip(names, values):
-            if isinstance(value, (Tensor, str)) or not isinstance(value, Sequence):
+            if not isinstance(value, (list, tuple)):
                 raise ArgumentTypeError(f"{name} must be a list of tensors as x is, not {type(value).__name__}.")
             roles.append([_parent(f"{name}[{t}]", each) for t, each in enumerate(value)])
     first = roles[0]
@@ -228,7 +232,7 @@ def _lists(names: Sequence[str], values: Sequence[Any]) -> list[list[Tensor]]:
 
 
 def _forced(value: Any, name: str = "forced") -> int:
-    return -1 if value is None else _checks.integer(name, value, 0)
+    return -1 if value is None else _checks.integer(name, value, 0, (1 << 63) - 1)
 
 
 def _for_each(name: str, value: Any, tensors: int, default: Any) -> list[Any]:
