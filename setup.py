@@ -25,7 +25,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-FAMILIES = ("select", "sparsify", "pcb", "consensus", "expert", "geometry", "importance")
+FAMILIES = ("select", "sparsify", "pcb", "consensus", "expert", "geometry", "importance", "evolve")
 CUDA_FAMILIES = (*FAMILIES, "highpass")
 DRIVERS = ("dispatch", "pool", *FAMILIES)
 

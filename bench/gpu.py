@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from gpu_free import experts, highpass
 from gpu_models import llama, whole
-from gpu_ops import consensus, hard, histogram, kth, many, masks
+from gpu_ops import consensus, hard, histogram, kth, many, masks, trials
 from gpu_pcb import pcb
 from gpu_rows import Bench, Row, limits, release
 from measure import environment
@@ -38,6 +38,7 @@ PARTS = {
     "masks": masks,
     "kth": kth,
     "many": many,
+    "trials": trials,
     "pcb": pcb,
     "highpass": highpass,
     "experts": experts,

@@ -166,6 +166,39 @@ def masks(bench: Bench) -> Iterator[Row]:
         release()
 
 
+# -- trials of evolutionary search -----------------------------------------------------------------------------------
+
+
+def trials(bench: Bench) -> Iterator[Row]:
+    """0.8 of the bandwidth of a copy: a blend of two members, and a difference of two added to a third one."""
+    numel = bench.size(28)
+    for name, op, count in (("blend_trial", ops.blend_trial, 2), ("de_trial", ops.de_trial, 4)):
+        first, others = family("normal", BF16, numel, count - 1, bench.device)
+        tensors = [first, *others]
+        host = [x.cpu() for x in tensors]
+        key = {"seed": 1, "generation": 2, "member": 3, "tensor_id": 4}
+        out = torch.zeros_like(first)
+
+        def tried(op: Any = op, tensors: Any = tensors, key: Any = key, out: Any = out) -> torch.Tensor:
+            result: torch.Tensor = op(*tensors, 0.3, 0.5, **key, out=out, backend=bench.backend)
+            return result
+
+        expected = on_host(lambda by, op=op, host=host, key=key: op(*host, 0.3, 0.5, **key, backend=by))
+        yield bench.row(
+            name,
+            "normal",
+            tried,
+            elements=numel,
+            passes=1,
+            moves=(count + 1) * out.nbytes,
+            limit="copy",
+            bar=0.8,
+            check=same(expected),
+            out=out,
+        )
+        release()
+
+
 # -- many tensors ----------------------------------------------------------------------------------------------------
 
 

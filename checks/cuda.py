@@ -28,7 +28,9 @@ from checks import ROOT
 PAGE = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- cuda: begin -->", "<!-- cuda: end -->"
 SOURCES = ROOT / "csrc" / "cuda"
-FAMILIES = ("driver", "select", "sparsify", "consensus", "pcb", "expert", "geometry", "importance", "highpass")
+FAMILIES = (
+    "driver", "select", "sparsify", "consensus", "pcb", "expert", "geometry", "importance", "evolve", "highpass"
+)  # fmt: skip
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 READ = "90a"
 """The target whose PTX is read."""

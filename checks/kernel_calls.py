@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastmerge.backends.lists import Lists
-from fastmerge.backends.rule import TIE_BLOCK, ExpertPart, PcbRule, SparsifyRule, saved_layout
+from fastmerge.backends.rule import TIE_BLOCK, ExpertPart, PcbRule, SparsifyRule, TrialRule, saved_layout
 
 NUMEL = 2 * TIE_BLOCK
 """Elements of each model's tensor here."""
@@ -107,6 +107,7 @@ def calls() -> Iterator[Call]:
     yield from _expert()
     yield from _geometry()
     yield from _importance()
+    yield from _evolve()
     yield from _highpass()
 
 
@@ -432,6 +433,35 @@ def _importance() -> Iterator[Call]:
         arguments = (tensor(BF16), models(1), length)
         yield Call("divergences", f"bf16, rows of {length}", arguments, everywhere=length >= 4096)
     yield Call("divergences", "fp32, rows of 4096", (tensor(F32), models(1, F32), 4096))
+
+
+def trial_rule(kind: str, differences: int = 1, offset: int = 0) -> TrialRule:
+    """A rule of this kind, of distinct tensors."""
+    places = [1] if kind == "blend" else list(range(1, 2 + 2 * differences))
+    factors = [0.5, 0.5] if kind == "blend" else [0.5] * differences
+    return TrialRule(kind, places, factors, 1 << 31, 1, 2, 3, offset)  # type: ignore[arg-type]
+
+
+def _evolve() -> Iterator[Call]:
+    for name, xs, rule in (
+        ("blend, bf16", models(2), trial_rule("blend")),
+        ("blend, fp32", models(2, F32), trial_rule("blend")),
+        ("blend, fp16", models(2, F16), trial_rule("blend")),
+        ("de, bf16", models(4), trial_rule("de")),
+        ("de, 3 differences, bf16", models(8), trial_rule("de", 3)),
+        ("de, mixed", mixed(4), trial_rule("de")),
+        ("blend, bf16, unaligned", models(2, aligned=False), trial_rule("blend")),
+        ("blend, bf16, at an odd offset", models(2), trial_rule("blend", offset=3)),
+    ):
+        everywhere, wide = name in ("blend, bf16", "de, bf16"), "unaligned" not in name
+        for many in (False, True):
+            if many and rule.offset:
+                continue
+            count = 2 if many else 1
+            lists = [[x] * count for x in xs]
+            out = [tensor(xs[0].dtype, aligned=wide)] * count
+            variant = f"2 tensors, {name}" if many else name
+            yield Call("trials", variant, (lists, rule, [5] * count, [-1] * count, out), {}, everywhere, wide)
 
 
 def _highpass() -> Iterator[Call]:

@@ -10,6 +10,7 @@
 
 #include "cpu/api.h"
 #include "fastmerge/consensus.h"
+#include "fastmerge/evolve.h"
 #include "fastmerge/geometry.h"
 #include "fastmerge/pcb.h"
 #include "fastmerge/philox.h"
@@ -355,6 +356,45 @@ std::vector<uint8_t> importances(const Family& family) {
     return all;
 }
 
+// Trials of both kinds, in place, too, at an odd offset: byte after byte.
+std::vector<uint8_t> trials_of(const Family& family) {
+    std::vector<uint8_t> all;
+    size_t last = family.models.size() - 1;
+    for (int32_t dtype : {kFloat32, kBFloat16, kFloat16}) {
+        for (int32_t kind : {kBlend, kDifferences}) {
+            std::vector<uint8_t> out(static_cast<size_t>(family.numel * dtype_size(dtype)), 0xcd);
+            TrialArgs args{};
+            args.tensors[0] = {family.base.data(), kBFloat16};
+            args.tensors[1] = family.arrays[0];
+            args.tensors[2] = family.arrays[last];
+            args.kind = kind;
+            args.places[0] = args.places[1] = 1;
+            args.places[2] = 2;
+            args.differences = 1;
+            args.factors[0] = 0.7f;
+            args.factors[1] = 0.3f;
+            PhiloxStream stream = philox_stream(7, 9, stream_id(kStreamBlendTrial, 65535, 3));
+            args.stream = {stream.k0, stream.k1, stream.c2, stream.c3};
+            args.limit = 0x60000000u;
+            args.offset = (uint64_t{1} << 34) - 13;
+            args.forced = family.numel / 2;
+            args.numel = family.numel;
+            args.out = out.data();
+            args.out_dtype = dtype;
+            trials({args});
+            append(all, out);
+            if (dtype == kBFloat16) {
+                std::vector<uint8_t> own(out.size());
+                std::memcpy(own.data(), family.base.data(), own.size());
+                args.tensors[0].data = args.out = own.data();
+                trials({args});
+                check(own == out, "a trial in place");
+            }
+        }
+    }
+    return all;
+}
+
 }  // namespace
 
 int main() {
@@ -378,6 +418,7 @@ int main() {
             append(made, experts(families[f]));
             append(made, inner_products(families[f]));
             append(made, importances(families[f]));
+            append(made, trials_of(families[f]));
             if (expected.size() == f) expected.push_back(made);
             check(made == expected[f], "merging gives other bits than " + supported_isas().front());
         }

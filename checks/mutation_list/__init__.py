@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from checks.mutation_list import (
     consensus,
+    evolve,
     expert,
     geometry,
     highpass,
@@ -24,6 +25,9 @@ from checks.mutation_list.mutation import Mutation
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-_FAMILIES = (shared, select, sparsify, consensus, pcb, expert, geometry, highpass, importance, mergekit, verify, searches)
+_FAMILIES = (
+    *(shared, select, sparsify, consensus, pcb, expert, geometry, highpass, importance, evolve),
+    *(mergekit, verify, searches),
+)
 
 MUTATIONS = [mutation for family in _FAMILIES for mutation in family.MUTATIONS]

@@ -7,6 +7,7 @@
 
 #include "cpu/api.h"
 #include "fastmerge/consensus.h"
+#include "fastmerge/evolve.h"
 #include "fastmerge/geometry.h"
 #include "fastmerge/pcb.h"
 #include "fastmerge/philox.h"
@@ -26,6 +27,7 @@ using fastmerge::cpu::PcbArgs;
 using fastmerge::cpu::Rule;
 using fastmerge::cpu::Shard;
 using fastmerge::cpu::Stream;
+using fastmerge::cpu::TrialArgs;
 
 // (address, dtype code): 0 float32, 1 bfloat16, 2 float16
 using Ref = std::pair<uintptr_t, int>;
@@ -181,6 +183,43 @@ struct ExpertInputs {
     ExpertInputs(const ExpertInputs&) = delete;
     ExpertInputs& operator=(const ExpertInputs&) = delete;
 };
+
+// The distinct tensors, x the first; elements of each; the tensor's number, the element that always crosses over or -1,
+// counted in the whole tensor; and the result.
+using TrialTensor = std::tuple<std::vector<Ref>, int64_t, uint64_t, int64_t, Ref>;
+
+std::vector<TrialArgs> trials_of(int kind, const std::vector<int32_t>& places, const std::vector<float>& factors,
+                                 uint64_t limit, uint64_t seed, uint32_t stream, uint64_t offset,
+                                 const std::vector<TrialTensor>& tensors) {
+    bool blend = kind == fastmerge::kBlend;
+    need(blend || kind == fastmerge::kDifferences, "kind of trial out of range");
+    need(blend ? factors.size() == 2 : !factors.empty() && factors.size() <= fastmerge::kMostDifferences,
+         "the number of factors is out of range");
+    need(places.size() == (blend ? 1 : 1 + 2 * factors.size()), "one place per parent is needed");
+    std::vector<TrialArgs> made;
+    for (const auto& [own, numel, tensor_id, forced, out] : tensors) {
+        TrialArgs args{};
+        need(!own.empty() && own.size() <= fastmerge::kMostParents, "the number of tensors is out of range");
+        for (size_t i = 0; i < own.size(); ++i) args.tensors[i] = array(own[i]);
+        args.kind = kind;
+        for (size_t i = 0; i < places.size(); ++i) {
+            need(places[i] >= 0 && places[i] < static_cast<int32_t>(own.size()), "a place out of range");
+            args.places[i] = places[i];
+        }
+        args.differences = blend ? 0 : static_cast<int32_t>(factors.size());
+        for (size_t i = 0; i < factors.size(); ++i) args.factors[i] = factors[i];
+        fastmerge::PhiloxStream s = fastmerge::philox_stream(seed, tensor_id, stream);
+        args.stream = {s.k0, s.k1, s.c2, s.c3};
+        args.limit = limit;
+        args.offset = offset;
+        args.forced = forced < 0 ? -1 : forced - static_cast<int64_t>(offset);
+        args.numel = numel;
+        args.out = const_cast<void*>(array(out).data);
+        args.out_dtype = array(out).dtype;
+        made.push_back(args);
+    }
+    return made;
+}
 
 std::vector<Shard> shards_of(const std::vector<std::pair<Ref, int64_t>>& shards) {
     std::vector<Shard> result;
@@ -543,6 +582,14 @@ PYBIND11_MODULE(_cpu, m) {
             Inputs inputs(base, subtract, tensors, numel, fastmerge::kFloat32);
             need(width > 0 && numel % width == 0, "a chunk must hold whole rows");
             fastmerge::cpu::importance(inputs.models, floats(divergence), width, floats(out));
+        },
+        release());
+    m.attr("MOST_DIFFERENCES") = fastmerge::kMostDifferences;
+    m.def(
+        "trials",
+        [](int kind, const std::vector<int32_t>& places, const std::vector<float>& factors, uint64_t limit,
+           uint64_t seed, uint32_t stream, uint64_t offset, const std::vector<TrialTensor>& tensors) {
+            fastmerge::cpu::trials(trials_of(kind, places, factors, limit, seed, stream, offset, tensors));
         },
         release());
     m.def(

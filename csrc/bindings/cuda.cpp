@@ -39,5 +39,6 @@ PYBIND11_MODULE(FASTMERGE_CUDA_MODULE, m) {
     fastmerge::bindings::bind_expert(m);
     fastmerge::bindings::bind_geometry(m);
     fastmerge::bindings::bind_importance(m);
+    fastmerge::bindings::bind_evolve(m);
     fastmerge::bindings::bind_highpass(m);
 }

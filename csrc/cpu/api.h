@@ -86,6 +86,9 @@ void energy_sums(const Models& models, const uint8_t* mask, int64_t* limbs);  //
 void divergences(const Models& models, int64_t width, float* out);            // [rows]
 void importance(const Models& models, const float* divergence, int64_t width, float* out);
 
+// Trials, tensor by tensor; small ones side by side. A result may be one of its tensors.
+void trials(const std::vector<TrialArgs>& tensors);
+
 // exp (0), tanh (1) or log (2) of float32 values.
 void function(int32_t which, const float* x, int64_t count, float* out);
 

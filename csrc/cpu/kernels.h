@@ -112,6 +112,22 @@ struct ExpertArgs {
     int32_t count;
 };
 
+// A trial of one tensor. See fastmerge/reference/evolve.py.
+struct TrialArgs {
+    Array tensors[8];  // the distinct ones, x the first
+    int32_t kind;
+    int32_t places[7];    // of the reference; of a and of both sides of each difference
+    int32_t differences;  // how many
+    float factors[3];     // 1 - F and F; of each difference
+    Stream stream;
+    uint64_t limit;  // words below it cross over
+    uint64_t offset;
+    int64_t forced;  // of this chunk's elements the one that always crosses over, or -1
+    int64_t numel;
+    void* out;
+    int32_t out_dtype;
+};
+
 // Sums of one model over a range, as limbs.
 struct MassSums {
     uint64_t all[12];
@@ -175,6 +191,9 @@ struct Kernels {
     void (*divergence)(const Models* models, int64_t width, int64_t first, int64_t last, float* scratch, float* out);
     void (*importance)(const Models* models, const float* divergences, int64_t width, int64_t begin, int64_t end,
                        float* out);
+
+    // evolve
+    void (*trial)(const TrialArgs* args, int64_t begin, int64_t end);
 
     // exp (0), tanh (1) or log (2) of float32 values, for tests and benchmarks
     void (*function)(int32_t which, const float* x, int64_t count, float* out);

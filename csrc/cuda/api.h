@@ -105,6 +105,10 @@ int expert_apply(Place place, const ExpertPart* parts, int32_t count, int64_t bl
 int expert_revert(Place place, const ExpertPart* parts, int32_t count, int64_t blocks, int64_t* changed,
                   int32_t tensors);
 
+// evolve. tiles: of all tensors of a table.
+constexpr int64_t kTrialTile = 2048;
+int trial(Place place, const Trial& trial, int64_t tiles);
+
 // geometry. Every address is a multiple of its elements' size. out: [pairs, rows, blocks of a row]
 int gram(Place place, const Models& models, int64_t row_length, double* out);
 

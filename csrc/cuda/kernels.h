@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "fastmerge/evolve.h"
 #include "fastmerge/philox.h"
 #include "fastmerge/sparsify.h"
 
@@ -131,6 +132,30 @@ struct ExpertPart {
     int64_t tensor;       // the tensor's number
     int64_t first_block;  // of those that work for this part
 };
+
+// A trial, whose distinct tensors are `x`, the first, and others; one, by value, or many, by a table in the device's
+// memory, which has for each tensor
+//
+//   elements, the result's address, its number, the element that always crosses over or -1, its first tile, and `count`
+//   addresses
+struct Trial {
+    Array tensors[kMostParents];  // with a table: their dtypes
+    int32_t count;
+    int32_t kind;
+    int32_t places[kMostParents - 1];  // of the reference; of a and of both sides of each difference
+    int32_t differences;               // how many
+    float factors[kMostDifferences];   // 1 - F and F; of each difference
+    uint64_t limit;                    // words below it cross over
+    uint64_t seed, tensor_id, offset;
+    uint32_t stream;
+    int64_t forced, numel;
+    void* out;
+    int32_t out_dtype;
+    const int64_t* table;      // nullptr: one tensor
+    const int32_t* tensor_of;  // each tile's
+};
+
+constexpr int kTrialRow = 5;  // numbers of a tensor before its addresses
 
 constexpr int kExpertNumbers = 17;     // of a part in the table
 constexpr int32_t kEntries = 1 << 11;  // of a part that a block takes

@@ -209,11 +209,10 @@ FM_DEVICE void pack8(int32_t dtype, const float* values, uint32_t* words) {
     }
 }
 
-FM_DEVICE void store8(void* data, int32_t dtype, int64_t at, int64_t end, const float* values) {
+// Eight values as pack8 makes them.
+FM_DEVICE void store_packed8(void* data, int32_t dtype, int64_t at, int64_t end, const uint32_t* words) {
     int64_t size = dtype_size(dtype);
     unsigned char* to = static_cast<unsigned char*>(data) + size * at;
-    uint32_t words[kEach] = {0, 0, 0, 0, 0, 0, 0, 0};
-    pack8(dtype, values, words);
     uint32_t past = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(to) & 15u);  // a multiple of 16
     if (at + kEach <= end && past == 0) {
         Words4 first = {{words[0], words[1], words[2], words[3]}}, second = {{words[4], words[5], words[6], words[7]}};
@@ -238,6 +237,12 @@ FM_DEVICE void store8(void* data, int32_t dtype, int64_t at, int64_t end, const 
             for (int64_t i = 0; i < size; ++i) to[size * t + i] = static_cast<unsigned char>(bits >> (8 * i));
         }
     }
+}
+
+FM_DEVICE void store8(void* data, int32_t dtype, int64_t at, int64_t end, const float* values) {
+    uint32_t words[kEach] = {0, 0, 0, 0, 0, 0, 0, 0};
+    pack8(dtype, values, words);
+    store_packed8(data, dtype, at, end, words);
 }
 
 // --- a block together

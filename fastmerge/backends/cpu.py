@@ -15,7 +15,18 @@ from .. import _cpu
 from ..errors import BackendError
 from .highpass import highpass as highpass  # by torch, whose transforms and products are as good as any of ours
 from .lists import Lists, for_whole_tensors
-from .rule import GRAM_BLOCK, L1_LIMBS, TIE_BLOCK, ExpertPart, PcbRule, SparsifyRule, column_dtype, saved_layout
+from .rule import (
+    GRAM_BLOCK,
+    L1_LIMBS,
+    MOST_DIFFERENCES,
+    TIE_BLOCK,
+    ExpertPart,
+    PcbRule,
+    SparsifyRule,
+    TrialRule,
+    column_dtype,
+    saved_layout,
+)
 from .threads import default_threads
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -24,12 +35,14 @@ _ELECTIONS = {"none": 0, "weighted": 1, "total": 2, "frequency": 3}
 _DIVISORS = {"none": 0, "weights": 1, "count": 2, "value": 3}
 _ZERO_SIGNS = {"positive": 1.0, "negative": -1.0, "zero": 0.0}
 _PCB_VARIANTS = {"script": 0, "nlp": 0, "vision": 1, "vision_es": 2, "paper": 3}
+_TRIALS = {"blend": 0, "de": 1}
 _FUNCTIONS = {"exp": 0, "tanh": 1, "log": 2}
 
 _Ref = tuple[int, int]
 _NOTHING: _Ref = (0, 0)
 
-if (_cpu.TIE_BLOCK, getattr(_cpu, "GRAM_BLOCK", None)) != (TIE_BLOCK, GRAM_BLOCK):
+_BUILT = _cpu.TIE_BLOCK, getattr(_cpu, "GRAM_BLOCK", None), getattr(_cpu, "MOST_DIFFERENCES", None)
+if _BUILT != (TIE_BLOCK, GRAM_BLOCK, MOST_DIFFERENCES):
     raise ImportError("fastmerge._cpu was built from other sources than this package; build it again (`pip install .`)")
 
 
@@ -418,6 +431,22 @@ def importance(
     out = torch.empty(base.numel(), dtype=torch.float32)
     _cpu.importance(*_deltas(base, tensors), divergence.data_ptr(), row_length, out.data_ptr())
     return out
+
+
+def trials(
+    models: list[list[torch.Tensor]],
+    rule: TrialRule,
+    tensor_ids: list[int],
+    forced: list[int],
+    out: list[torch.Tensor],
+) -> None:
+    """Trials of many tensors, small ones side by side; see `fastmerge.ops.blend_trial`."""
+    tensors = [
+        ([_ref(model[t]) for model in models], target.numel(), tensor_ids[t], forced[t], _ref(target))
+        for t, target in enumerate(out)
+    ]
+    numbers = rule.limit, rule.seed, rule.stream, rule.offset
+    _cpu.trials(_TRIALS[rule.kind], rule.places, rule.factors, *numbers, tensors)
 
 
 def functions(x: torch.Tensor, which: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..reference import consensus
+from .rule import TrialRule
 
 _BoundsOf = Callable[[list[Tensor], list[int], list[int]], tuple[Tensor, Tensor]]
 _INF_ORDERED, _MINUS_INF_ORDERED = 0x7F800000, -0x7F800001
@@ -28,6 +29,23 @@ def keep_limit(probability: float) -> int:
 def loadable(x: Tensor) -> Tensor:
     """A tensor that a GPU can load: a copy where its address is no multiple of its elements' size."""
     return x if x.data_ptr() % x.element_size() == 0 else x.clone()
+
+
+def same_dtypes(models: list[list[Tensor]], out: list[Tensor]) -> list[list[int]]:
+    """The places of tensors that one launch can take, for their dtypes are the same in every role; empty ones in none.
+
+    models: lists of T tensors. out: T tensors.
+    """
+    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for t, target in enumerate(out):
+        if target.numel():
+            groups.setdefault((target.dtype, *(model[t].dtype for model in models)), []).append(t)
+    return list(groups.values())
+
+
+def relative(rule: TrialRule, forced: list[int]) -> list[int]:
+    """Elements that always cross over, counted from the chunk's first; -1: none of the chunk's."""
+    return [max(place - rule.offset, -1) for place in forced]
 
 
 def bounds_by_group(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..reference.consensus import consensus_apply, fused_sum
+from ..reference.evolve import trials
 from ..reference.expert import expert_apply_, expert_extract, expert_revert_
 from ..reference.geometry import gram
 from ..reference.highpass import highpass
@@ -69,5 +70,6 @@ __all__ = [
     "score_keys",
     "tie_counts",
     "topk_mask",
+    "trials",
     "zero_nonfinite_",
 ]

@@ -8,14 +8,17 @@ from typing import Literal
 import torch
 
 from ..reference.expert import column_dtype, saved_layout
+from ..reference.random import BLEND_TRIAL, DE_TRIAL, stream_id
 
 __all__ = [
     "GRAM_BLOCK",
     "L1_LIMBS",
+    "MOST_DIFFERENCES",
     "TIE_BLOCK",
     "ExpertPart",
     "PcbRule",
     "SparsifyRule",
+    "TrialRule",
     "column_dtype",
     "saved_layout",
 ]
@@ -30,6 +33,9 @@ L1_LIMBS = 12
 
 GRAM_BLOCK = 4096
 """Elements whose products are added up to one number; blocks are counted from a row's beginning."""
+
+MOST_DIFFERENCES = 3
+"""Differences of a trial of differential evolution: with x and a they are of eight tensors."""
 
 
 @dataclass(frozen=True)
@@ -91,3 +97,29 @@ class ExpertPart:
     values: torch.Tensor
     scale: float
     base: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TrialRule:
+    """How a trial is made of distinct tensors, of which x is the first; see `fastmerge.reference.evolve`.
+
+    kind: "blend" takes `factors` 1 - F and F, and one place, of the reference; "de" a factor for each difference, and
+    the places of a and of both sides of each difference. places: in the list of distinct tensors. limit: words below
+    it cross over, at most 2**32. seed: unsigned 64-bit. generation: 16 bits, member: 12. offset: flat index of the
+    chunk's first element in its tensor.
+    """
+
+    kind: Literal["blend", "de"]
+    places: list[int]
+    factors: list[float]
+    limit: int
+    seed: int
+    generation: int
+    member: int
+    offset: int = 0
+
+    @property
+    def stream(self) -> int:
+        """The id of the stream of its random words."""
+        purpose = BLEND_TRIAL if self.kind == "blend" else DE_TRIAL
+        return stream_id(purpose, self.member, self.generation)

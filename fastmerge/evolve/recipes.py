@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmerge.evolve.standin import blend_trial, de_trial
+from fastmerge.ops import blend_trial, de_trial
 
 
 @dataclass(frozen=True)

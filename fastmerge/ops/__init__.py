@@ -18,6 +18,7 @@ from ._score_keys import (
     score_prefix,
 )
 from .consensus import consensus_apply, consensus_merge, fused_sum, total_divisor, weight_sum
+from .evolve import blend_trial, de_trial
 from .expert import Expert, expert_apply_, expert_k, expert_rescale, expert_revert_, extract_expert
 from .geometry import gram
 from .highpass import highpass, highpass_plan
@@ -64,6 +65,7 @@ __all__ = [
     "PreparedMerge",
     "SparsifyRule",
     "abs_histogram",
+    "blend_trial",
     "bound",
     "bound_in_window",
     "bound_prefix",
@@ -73,6 +75,7 @@ __all__ = [
     "consensus_merge",
     "consensus_merge_many",
     "count_nonfinite",
+    "de_trial",
     "divergences",
     "energy_sums",
     "expert_apply_",

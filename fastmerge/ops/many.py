@@ -197,10 +197,17 @@ def _overlapping(lists: Lists) -> int | None:
     sizes = [_sizes(lists, each) for each in (*([lists.base] if lists.base else []), *lists.models, lists.out)]
     starts = torch.cat(begins).numpy()
     stops = starts + torch.cat(sizes).numpy()
+    return first_overlapping(starts, stops, len(starts) - lists.tensors)
+
+
+def first_overlapping(starts: Any, stops: Any, first_out: int) -> int | None:
+    """The number of a result that shares memory with an input or with another result; None where none does.
+
+    starts, stops: numpy's int64, the addresses of the inputs and, from `first_out` on, of the results.
+    """
     # Nothing overlaps a tensor without elements. Of the others, one that begins before any earlier one has ended does.
     order = starts.argsort(kind="stable")
     order = order[(stops > starts)[order]]
-    first_out = len(starts) - lists.tensors
     starts, stops, written = starts[order], stops[order], order >= first_out
     ended = numpy.maximum.accumulate(stops)
     out_ended = numpy.maximum.accumulate(numpy.where(written, stops, 0))

@@ -127,7 +127,7 @@ def test_the_layers_are_those_that_the_check_knows() -> None:
     assert " <- ".join(LAYERS[1:]) in text("house.md")
 
 
-@pytest.mark.parametrize("purpose", ["BERNOULLI", "DELLA", "HASHED_TIES"])
+@pytest.mark.parametrize("purpose", ["BERNOULLI", "DELLA", "HASHED_TIES", "BLEND_TRIAL", "DE_TRIAL"])
 def test_the_stream_ids_are_those_of_the_code(purpose: str) -> None:
     value = getattr(random, purpose)
     assert re.search(rf"^\| {value} \| .*\| `0x{random.stream_id(value):08x}` \|", text("numbers.md"), re.MULTILINE)

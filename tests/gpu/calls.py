@@ -194,6 +194,33 @@ def importance(draw: Draw) -> Call:
     return Call(ops.importance, (base, x, torch.arange(x.numel() // length) / 7.0, length))
 
 
+def _trial(draw: Draw) -> dict[str, Any]:
+    offset = draw(strategies.offsets)
+    return {
+        "seed": draw(strategies.words64),
+        "generation": draw(st.sampled_from((0, 65535))),
+        "member": draw(strategies.positions),
+        "tensor_id": draw(strategies.words64),
+        "offset": offset,
+        "forced": draw(st.sampled_from((None, offset, offset + 3))),
+    }
+
+
+def blend_trial(draw: Draw) -> Call:
+    shape = draw(strategies.shapes())
+    tensors = [draw(strategies.tensors(shape=shape)) for _ in range(2)]
+    numbers = draw(st.sampled_from((0.5, -1.7))), draw(strategies.densities)
+    return Call(ops.blend_trial, (*tensors, *numbers), _trial(draw) | {"out": _out(draw, shape)})
+
+
+def de_trial(draw: Draw) -> Call:
+    shape = draw(strategies.shapes())
+    tensors = [draw(strategies.tensors(shape=shape)) for _ in range(4)]
+    more = [(0.3, draw(strategies.tensors(shape=shape)), tensors[0])] * draw(st.integers(0, 2))
+    numbers = draw(st.sampled_from((0.5, -1.7))), draw(strategies.densities)
+    return Call(ops.de_trial, (*tensors, *numbers), _trial(draw) | {"more": more})
+
+
 def count_nonfinite(draw: Draw) -> Call:
     return Call(ops.count_nonfinite, (_tensor(draw),))
 
@@ -320,6 +347,8 @@ CALLS: dict[str, Callable[[Draw], Call]] = {
     "energy_sums": energy_sums,
     "divergences": divergences,
     "importance": importance,
+    "blend_trial": blend_trial,
+    "de_trial": de_trial,
     "count_nonfinite": count_nonfinite,
     "zero_nonfinite_": zero_nonfinite,
     "consensus_apply": consensus_apply,

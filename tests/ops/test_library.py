@@ -103,7 +103,22 @@ def samples(seed: int, rows: int, backend: str) -> list[tuple[str, tuple[Any, ..
         ("energy_sums", (base, others, torch.full((base.numel() // 8,), 0x5A, dtype=torch.uint8), backend)),
         ("divergences", (base, others[:1], 8, backend)),
         ("importance", (base, others[:1], torch.ones(rows), 8, backend)),
+        ("blend_trial", (base, others[:1], *trial_arguments(), 77, 12, 13, torch.float32, backend)),
+        ("de_trial", (base, [*others, base], *trial_arguments(), 77, 12, -1, torch.bfloat16, backend)),
+        ("blend_trials_", trials_arguments(models, backend)),
+        ("de_trials_", trials_arguments([base, *others, base], backend)),
     ]
+
+
+def trial_arguments() -> tuple[Any, ...]:
+    return [0.3], 0.5, -7, 65535, 4095
+
+
+def trials_arguments(roles: list[Tensor], backend: str) -> tuple[Any, ...]:
+    """Of each role two tensors; a blend has one other role."""
+    x, *parents = roles if len(roles) == 4 else roles[:2]
+    out = [torch.empty(x.shape), torch.empty(2, 8)]
+    return pairs([x]), pairs(parents), *trial_arguments(), [-5, 1 << 40], 0, [-1, 9], out, backend
 
 
 def expert_arguments(models: list[Tensor], backend: str) -> tuple[Any, ...]:
@@ -142,7 +157,7 @@ def pcb_targets(models: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @each_working_backend
-@pytest.mark.parametrize("number", range(43))
+@pytest.mark.parametrize("number", range(47))
 def test_opcheck(number: int, backend: str) -> None:
     name, arguments = samples(0, 5, backend)[number]
     torch.library.opcheck(op(name), arguments)
@@ -184,7 +199,15 @@ def run_all(models: list[Tensor], backend: str) -> list[Tensor]:
     op("nearswap_out")(base, others[:1], 0.5, swapped, backend)
     op("ram_apply_out")(base, others, [1.0, 1.5], 0.1, rammed, backend)
     rows = op("divergences")(base, others[:1], 8, backend)
+    trials = [trials_arguments(roles, backend) for roles in (models, [base, *others, base])]
+    op("blend_trials_")(*trials[0])
+    op("de_trials_")(*trials[1])
     return [
+        *trials[0][-2],
+        *trials[1][-2],
+        op("blend_trial")(base, others[:1], *trial_arguments(), 77, 0, 3, torch.float32, backend),
+        op("de_trial")(base, [*others, base], *trial_arguments(), 77, 9, -1, torch.bfloat16, backend),
+        fastmerge.ops.blend_trial(base, others[0], 0.3, 0.5, seed=5, forced=2, out=base.clone(), backend=backend),
         swapped,
         rammed,
         rows,

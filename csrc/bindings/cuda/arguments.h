@@ -107,6 +107,7 @@ void bind_pcb(py::module_& m);
 void bind_expert(py::module_& m);
 void bind_geometry(py::module_& m);
 void bind_importance(py::module_& m);
+void bind_evolve(py::module_& m);
 void bind_highpass(py::module_& m);
 
 }  // namespace bindings

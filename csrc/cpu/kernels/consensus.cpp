@@ -287,5 +287,6 @@ extern "C" const fastmerge::cpu::Kernels* FASTMERGE_TABLE() {
     fastmerge::fill_expert(table);
     fastmerge::fill_geometry(table);
     fastmerge::fill_importance(table);
+    fastmerge::fill_evolve(table);
     return &table;
 }

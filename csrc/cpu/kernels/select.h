@@ -67,5 +67,6 @@ void fill_consensus(cpu::Kernels& table);
 void fill_expert(cpu::Kernels& table);
 void fill_geometry(cpu::Kernels& table);
 void fill_importance(cpu::Kernels& table);
+void fill_evolve(cpu::Kernels& table);
 
 FM_NAMESPACE_END

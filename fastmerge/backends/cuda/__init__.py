@@ -12,6 +12,7 @@ import torch
 from ..gpu import fused_sum
 from ..rule import TIE_BLOCK
 from .consensus import consensus_apply, consensus_apply_many
+from .evolve import trials
 from .expert import expert_apply_, expert_extract, expert_revert_
 from .geometry import gram
 from .highpass import highpass
@@ -86,6 +87,7 @@ __all__ = [
     "score_keys",
     "tie_counts",
     "topk_mask",
+    "trials",
     "zero_nonfinite_",
 ]
 

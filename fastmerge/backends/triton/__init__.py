@@ -14,6 +14,7 @@ import triton
 from ...reference.expert import expert_extract
 from ..gpu import fused_sum
 from .consensus import consensus_apply, consensus_apply_many
+from .evolve import trials
 from .expert import expert_apply_, expert_revert_
 from .geometry import gram
 from .highpass import highpass
@@ -88,6 +89,7 @@ __all__ = [
     "score_keys",
     "tie_counts",
     "topk_mask",
+    "trials",
     "zero_nonfinite_",
 ]
 
