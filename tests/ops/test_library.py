@@ -157,7 +157,7 @@ def pcb_targets(models: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @each_working_backend
-@pytest.mark.parametrize("number", range(47))
+@pytest.mark.parametrize("number", range(48))
 def test_opcheck(number: int, backend: str) -> None:
     name, arguments = samples(0, 5, backend)[number]
     torch.library.opcheck(op(name), arguments)
