@@ -55,7 +55,8 @@ def test_a_tiny_model_is_measured(tmp_path, capsys):
         "q_proj",
         "k_proj",
     ]
-    routes = ["ties", "magnitude_prune", "dare_linear", "svd", "ties_svd", "dare_ties_svd"]
+    # Not dare_ties_svd: the singular values of tiny matrices depend on which elements are dropped.
+    routes = ["ties", "magnitude_prune", "dare_linear", "svd", "ties_svd"]
     assert inside_peft.main([*arguments, "--routes", *routes, "--json", str(figures)]) == 0
     rows = {row["route"]: row for row in json.loads(figures.read_text())["rows"]}
     assert rows.keys() == set(routes)

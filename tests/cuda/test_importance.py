@@ -11,25 +11,10 @@ from torch import Tensor
 from fastmerge import ops
 from fastmerge.backends.limits import TooManyModelsError
 from tests.cuda.running import both_orders, needs_cuda, there, unaligned
+from tests.importance_kernels import drawn
 from tests.numeric import assert_bitwise_equal
 
 pytestmark = [needs_cuda, pytest.mark.usefixtures("poisoned_memory")]
-
-TYPES = (torch.bfloat16, torch.float32, torch.float16)
-SPECIAL = [float("nan"), float("inf"), -float("inf"), 2.0**-149, 1e-30, 3.4e38, 0.0, -0.0]
-
-
-def drawn(count: int, numel: int, seed: int = 0) -> list[Tensor]:
-    """A base and so many models near it, of all dtypes by turns; some of them agree with it, some are special."""
-    generator = torch.Generator().manual_seed(seed)
-    base = torch.randn(numel, generator=generator)
-    made = [base]
-    for _ in range(count):
-        step = 0.1 * torch.randn(numel, generator=generator)
-        model = base + step * (torch.rand(numel, generator=generator) < 0.4)
-        model[torch.randint(0, numel, (8,), generator=generator)] = torch.tensor(SPECIAL)
-        made.append(model)
-    return [x.to(TYPES[i % 3]) for i, x in enumerate(made)]
 
 
 def check(base: Tensor, tensors: list[Tensor], length: int) -> None:
