@@ -32,6 +32,12 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+# Beside other workers each has one core: a second thread of torch's would only be waited for. Tests of the kernels' own
+# threads say how many they want.
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that hold slow tests come first: beside them, the many quick ones keep the other workers busy."""
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
