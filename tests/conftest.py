@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -30,6 +31,20 @@ settings.register_profile(
     "first_failure", settings.get_profile("default"), phases=[Phase.explicit, Phase.reuse, Phase.generate]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+# Beside other workers each has one core: a second thread of torch's would only be waited for. Tests of the kernels' own
+# threads say how many they want.
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+    torch.set_num_threads(1)
+
+# Memory that a test gave back goes to the next one instead of the system, which would clear its pages first: a third of
+# the time of small kernels. Of this process alone; what a test starts allocates as users' programs do.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+if mallopt is not None:
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
