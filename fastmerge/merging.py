@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from fastmerge.engine.checkpoint import Checkpoint, open_checkpoint
 from fastmerge.engine.config import MergeConfig, ModelEntry, load_config
 from fastmerge.engine.device import GPU_MEMORY_SHARE, Device, host_backend, open_device, place_of
 from fastmerge.engine.executor import DictSink, Outcome, ProgressLike, execute
+from fastmerge.engine.loading import LoadedSource
 from fastmerge.engine.manifest import build_manifest, merge_digest, package_version
 from fastmerge.engine.parameters import ParameterTable, count_layers
 from fastmerge.engine.plan import NUMERICS, Plan, make_plan
 from fastmerge.engine.report import MergeReport, copy_fraction
 from fastmerge.engine.shared import Shared
-from fastmerge.engine.sources import TORCH_DTYPES, StateDictSource
+from fastmerge.engine.sources import TORCH_DTYPES, Source, StateDictSource
 from fastmerge.engine.statistics_file import StatisticsFile
 from fastmerge.engine.writer import ModelWriter, OutputTensor
 from fastmerge.errors import ArgumentError, ArgumentTypeError, CheckpointError, ConfigError, MergeError
@@ -181,9 +182,9 @@ def merge_many(
     plans = [planned(None) for planned in planners]
 
     def each() -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
-        results = merges.one_by_one(planners, plans, reuse)
-        for one in given:
-            tensors, outcome = next(results)
+        series = merges.series(planners, plans, reuse)
+        for number, one in enumerate(given):
+            tensors, outcome = series.merge(number)
             if outcome.nonfinite and on_nonfinite == "warn":
                 warnings.warn(_nonfinite_sentence(outcome), stacklevel=2)
             yield one, tensors
@@ -301,18 +302,27 @@ class _Resident:
         )
         return sink.tensors, outcome
 
-    def one_by_one(
-        self, planners: Sequence[Callable[[int | None], Plan]], plans: Sequence[Plan], reuse: bool
-    ) -> Iterator[tuple[dict[str, torch.Tensor], Outcome]]:
-        """Carry plans out in their order, with what they have in common found once."""
-        shared = Shared(plans)
-        last: dict[str, torch.Tensor] | None = None
-        for planned, plan in zip(planners, plans, strict=True):
-            tensors, outcome = self.merged(planned, plan, shared, last)
-            if reuse:
-                last = dict(tensors)
-            yield tensors, outcome
-            del tensors
+    def series(self, planners: Sequence[Callable[[int | None], Plan]], plans: Sequence[Plan], reuse: bool) -> Series:
+        """Several merges, with what they have in common found once."""
+        return Series(self, planners, plans, reuse)
+
+
+class Series:
+    """Merges of the same models in memory, each of which is made when it is asked for."""
+
+    def __init__(
+        self, where: _Resident, planners: Sequence[Callable[[int | None], Plan]], plans: Sequence[Plan], reuse: bool
+    ) -> None:
+        self._where, self._planners, self._plans, self._reuse = where, planners, plans, reuse
+        self._shared = Shared(plans)
+        self._last: dict[str, torch.Tensor] | None = None
+
+    def merge(self, number: int) -> tuple[dict[str, torch.Tensor], Outcome]:
+        """One of them; with `reuse` in the memory of the one before, whose values are gone then."""
+        tensors, outcome = self._where.merged(self._planners[number], self._plans[number], self._shared, self._last)
+        if self._reuse:
+            self._last = dict(tensors)
+        return tensors, outcome
 
 
 def _place_together(place: torch.device | None, sources: Sequence[StateDictSource]) -> torch.device:
@@ -582,19 +592,66 @@ def _open_and_plan(
     else:
         gpu_budget = None
     shard_bytes = parse_size(shard_size, name="shard_size")
+    wanted = _wanted(config)
+    opened = [stack.enter_context(open_checkpoint(ref)) for ref in wanted.refs]
+    plan = _plan_config(
+        config,
+        wanted,
+        opened,
+        budget=budget,
+        shard_size=shard_bytes,
+        numerics=numerics,
+        seed=seed,
+        backend=backend,
+        device=computer.name,
+        gpu_budget=gpu_budget,
+    )
+    if computer.stages and backends.name_of(kernels) == "reference" and backend != "reference":
+        reasons = "; ".join(f"{name}: {' '.join(str(backends.reason(name)).split())}" for name in backends.FOR_GPUS)
+        plan.notes.append(f"no backend for GPUs works here ({reasons}): plain torch computes, much more slowly.")
+    return opened, plan, computer
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a config merges: the method, and the models, base first if it is a base to the method."""
+
+    method: methods.Method
+    entries: Sequence[ModelEntry]
+    base: str | None
+
+    @property
+    def refs(self) -> list[str]:
+        return ([self.base] if self.base is not None else []) + [entry.model for entry in self.entries]
+
+
+def _wanted(config: MergeConfig) -> _Wanted:
     method, entries = _check_method(config)
     try:
         method.check_count(len(entries))
     except ArgumentError as error:
         raise ConfigError(f"{config.where(('models',))}: {error}") from None
+    return _Wanted(method, entries, config.base_model if method.needs_base or method.takes_base else None)
 
-    base_ref = config.base_model if method.needs_base or method.takes_base else None
-    refs = ([base_ref] if base_ref is not None else []) + [entry.model for entry in entries]
-    opened = [stack.enter_context(open_checkpoint(ref)) for ref in refs]
-    base = opened[0] if base_ref is not None else None
-    models = opened if base is None else opened[1:]
 
-    layers = count_layers(opened[0].tensors, opened[0].config)
+def _plan_config(
+    config: MergeConfig,
+    wanted: _Wanted,
+    sources: Sequence[Source],
+    *,
+    budget: int,
+    shard_size: int,
+    numerics: str,
+    seed: int,
+    backend: str | None,
+    device: str,
+    gpu_budget: int | None,
+) -> Plan:
+    """The plan of a config. sources: its models, in the order of `wanted.refs`."""
+    method, entries = wanted.method, wanted.entries
+    base = sources[0] if wanted.base is not None else None
+    models = sources if base is None else sources[1:]
+    layers = count_layers(sources[0].tensors, sources[0].config)
     known = methods.parameters(method.name)
     table = ParameterTable(
         config, layers, kinds={name: parameter.kind for name, parameter in known.items()}, entries=entries
@@ -606,23 +663,20 @@ def _open_and_plan(
             models,
             table.for_tensor,
             budget=budget,
-            shard_size=shard_bytes,
+            shard_size=shard_size,
             numerics=numerics,
             seed=seed % (1 << 64),
             dtype=_dtype(config.dtype),
             out_dtype=_dtype(config.out_dtype),
             exclude=config.exclude,
             backend=backend or "auto",
-            device=computer.name,
+            device=device,
             gpu_budget=gpu_budget,
         )
     except methods.ParameterError as error:
         raise ConfigError(f"{_where(config, entries, error)}: {error}") from None
     plan.notes.extend(_notes(config, entries, known))
-    if computer.stages and backends.name_of(kernels) == "reference" and backend != "reference":
-        reasons = "; ".join(f"{name}: {' '.join(str(backends.reason(name)).split())}" for name in backends.FOR_GPUS)
-        plan.notes.append(f"no backend for GPUs works here ({reasons}): plain torch computes, much more slowly.")
-    return opened, plan, computer
+    return plan
 
 
 def _notes(config: MergeConfig, entries: Sequence[ModelEntry], known: Mapping[str, Any]) -> list[str]:
@@ -726,6 +780,73 @@ def _card_info(config: MergeConfig, plan: Plan, digest: str, out: Path) -> dict[
         "version": package_version("fastmerge"),
         "digest": digest,
     }
+
+
+# -- checkpoints that are merged in memory, several times
+
+
+class CandidateMerges:
+    """Merges of checkpoints that are read once, each as a config of its own says.
+
+    Each has the bits that `merge_checkpoints` writes for its config. configs: of one folder of models, as a sweep makes
+    them. numerics, seed, on_nonfinite, backend: as of `merge_checkpoints`.
+
+    Raises ConfigError, CheckpointError, ArgumentError: what does not fit, from headers alone.
+
+    Attributes:
+        refs: the checkpoints. identities: what tells each from other files. input_bytes, output_bytes: of all models
+        together, and of the largest result: what is held in memory. notes: what a person should know.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[MergeConfig],
+        *,
+        numerics: str = "fp32",
+        seed: int = 0,
+        on_nonfinite: str = "error",
+        backend: str | None = None,
+    ) -> None:
+        _check_common(numerics, seed, on_nonfinite)
+        backends.resolve(backend, "cpu")
+        self._configs, self._backend, self._on_nonfinite = configs, backend, on_nonfinite
+        self._numbers: dict[str, Any] = {"numerics": numerics, "seed": seed, "backend": backend}
+        self._wanted = [_wanted(config) for config in configs]
+        self.refs = list(dict.fromkeys(ref for wanted in self._wanted for ref in wanted.refs))
+        with ExitStack() as stack:
+            opened = {ref: stack.enter_context(open_checkpoint(ref)) for ref in self.refs}
+            plans = self._plans(opened, range(len(configs)))
+            self.identities = [opened[ref].identity() for ref in self.refs]
+            self.input_bytes = sum(one.nbytes for one in opened.values())
+        self.output_bytes = max((plan.bytes_written for plan in plans), default=0)
+        self.notes = list(dict.fromkeys(note for plan in plans for note in plan.notes))
+
+    def _plans(self, sources: Mapping[str, Source], numbers: Iterable[int]) -> list[Plan]:
+        return [
+            _plan_config(
+                self._configs[number],
+                self._wanted[number],
+                [sources[ref] for ref in self._wanted[number].refs],
+                budget=_PLENTY,
+                shard_size=_PLENTY,
+                device="cpu",
+                gpu_budget=None,
+                **self._numbers,
+            )
+            for number in numbers
+        ]
+
+    def load(self, numbers: Sequence[int]) -> Callable[[int], dict[str, torch.Tensor]]:
+        """Read the models; returns what merges the candidate of a number, one of these, over the one before."""
+        sources = {}
+        for ref in dict.fromkeys(ref for number in numbers for ref in self._wanted[number].refs):
+            with open_checkpoint(ref) as opened:
+                sources[ref] = LoadedSource(opened)
+        plans = self._plans(sources, numbers)
+        where = _Resident(list(sources.values()), None, self._backend, None, self._on_nonfinite)
+        series = where.series([lambda budget, plan=plan: plan for plan in plans], plans, reuse=True)  # type: ignore[misc]
+        places = {number: place for place, number in enumerate(numbers)}
+        return lambda number: series.merge(places[number])[0]
 
 
 # -- arguments
