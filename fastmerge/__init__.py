@@ -16,7 +16,7 @@ from fastmerge.errors import FastmergeError
 
 if TYPE_CHECKING:
     from fastmerge import backends, errors, evolve, experts, integrations, methods, ops, routers
-    from fastmerge.merging import merge, merge_checkpoints, plan_checkpoints
+    from fastmerge.merging import merge, merge_checkpoints, merge_many, plan_checkpoints
 
 __version__ = "0.1.0"
 
@@ -30,6 +30,7 @@ __all__ = [
     "integrations",
     "merge",
     "merge_checkpoints",
+    "merge_many",
     "methods",
     "ops",
     "plan_checkpoints",
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 _MODULES = ("backends", "errors", "evolve", "experts", "integrations", "methods", "ops", "routers")
-_FUNCTIONS = ("merge", "merge_checkpoints", "plan_checkpoints")
+_FUNCTIONS = ("merge", "merge_checkpoints", "merge_many", "plan_checkpoints")
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from fastmerge import cli_evolve, cli_expert, cli_verify
+from fastmerge import cli_evolve, cli_expert, cli_sweep, cli_verify
 from fastmerge.errors import ArgumentError, FastmergeError, MergeError
 
 if TYPE_CHECKING:
@@ -566,6 +566,7 @@ def _guarded(work: Callable[[], None], as_json: bool) -> int:
 cli_expert.add_to(app, _guarded, _import_quietly)
 cli_verify.add_to(app, _guarded, _import_quietly)
 cli_evolve.add_to(app, _guarded, _import_quietly)
+cli_sweep.add_to(app, _guarded, _import_quietly)
 
 
 def _complain(message: str, code: int, as_json: bool, *, shown: bool = False) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,19 @@ from fastmerge.engine.checkpoint import Checkpoint, open_checkpoint
 from fastmerge.engine.config import MergeConfig, ModelEntry, load_config
 from fastmerge.engine.device import GPU_MEMORY_SHARE, Device, host_backend, open_device, place_of
 from fastmerge.engine.executor import DictSink, Outcome, ProgressLike, execute
+from fastmerge.engine.loading import LoadedSource
 from fastmerge.engine.manifest import build_manifest, merge_digest, package_version
 from fastmerge.engine.parameters import ParameterTable, count_layers
 from fastmerge.engine.plan import NUMERICS, Plan, make_plan
 from fastmerge.engine.report import MergeReport, copy_fraction
-from fastmerge.engine.sources import TORCH_DTYPES, StateDictSource
+from fastmerge.engine.shared import Shared
+from fastmerge.engine.sources import TORCH_DTYPES, Source, StateDictSource
 from fastmerge.engine.statistics_file import StatisticsFile
 from fastmerge.engine.writer import ModelWriter, OutputTensor
 from fastmerge.errors import ArgumentError, ArgumentTypeError, CheckpointError, ConfigError, MergeError
 from fastmerge.sizes import parse_size
 
-__all__ = ["merge", "merge_checkpoints", "plan_checkpoints"]
+__all__ = ["merge", "merge_checkpoints", "merge_many", "plan_checkpoints"]
 
 ON_NONFINITE = ("error", "warn", "zero")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,57 +92,237 @@ def merge(
     Sources: `fastmerge.methods.describe(method)["source"]`.
     """
     chosen = methods.get(method)
-    place = None if device is None else place_of(device, backend)
     _check_common(numerics, seed, on_nonfinite)
+    based, sources = _in_memory(base, models)
+    merges = _Resident([*sources, *([] if based is None else [based])], device, backend, gpu_memory, on_nonfinite)
+
+    def planned(gpu_budget: int | None) -> Plan:
+        return merges.plan(
+            chosen, based, sources, parameters, gpu_budget, dtype=dtype, numerics=numerics, seed=seed, exclude=exclude
+        )
+
+    tensors, outcome = merges.merged(planned, planned(None))
+    if outcome.nonfinite and on_nonfinite == "warn":
+        warnings.warn(_nonfinite_sentence(outcome), stacklevel=2)
+    return tensors
+
+
+def merge_many(
+    models: Sequence[Mapping[str, torch.Tensor] | torch.nn.Module],
+    candidates: Iterable[Mapping[str, Any]],
+    *,
+    base: Mapping[str, torch.Tensor] | torch.nn.Module | None = None,
+    method: str = "ties",
+    backend: str | None = "auto",
+    device: torch.device | str | None = None,
+    gpu_memory: str | int | None = None,
+    dtype: torch.dtype | str | None = None,
+    numerics: str = "fp32",
+    seed: int = 0,
+    exclude: str | Iterable[str] = (),
+    on_nonfinite: str = "error",
+    reuse: bool = False,
+    **parameters: Any,
+) -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+    """Merge the same models in several ways, one after the other, with what these have in common found once.
+
+    Thresholds of all densities are found in one sweep over a tensor, when it is first merged; L1 sums, inner products
+    and statistics of whole models, and that no input holds NaN or Inf, are found once, too. What is left of each merge
+    is one pass over the models. Beside the models and the result next to nothing is held.
+
+    Args:
+        models: as of `merge`; they must stay as they are until the last candidate is merged.
+        candidates: of each the parameters, as `merge` takes them: `{"density": 0.3, "weight": [1.0, 0.5]}`. A method
+            of its own stands among them as "method".
+        base: as of `merge`.
+        method: of the candidates that do not name one.
+        backend: as of `merge`.
+        device: as of `merge`.
+        gpu_memory: as of `merge`.
+        dtype: as of `merge`.
+        numerics: as of `merge`.
+        seed: as of `merge`.
+        exclude: as of `merge`.
+        on_nonfinite: as of `merge`.
+        reuse: merge each candidate into the memory of the one before, which saves the time in which the system makes
+            fresh memory ready. The tensors that came with a candidate hold its values until the next one is asked for.
+        **parameters: what all candidates share; what a candidate says itself goes before.
+
+    Returns:
+        An iterator of (candidate, name -> tensor), in the order given. The bits of each are those of `merge` with the
+        same parameters. A candidate is merged when it is asked for.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: at once, before any tensor is looked at; the message names the candidate.
+        MergeError: as of `merge`, from the iterator.
+
+    Sources: `fastmerge.methods.describe(method)["source"]`.
+    """
+    _check_common(numerics, seed, on_nonfinite)
+    given = _candidates(candidates)
+    based, sources = _in_memory(base, models)
+    merges = _Resident([*sources, *([] if based is None else [based])], device, backend, gpu_memory, on_nonfinite)
+
+    def planner(index: int, one: dict[str, Any]) -> Callable[[int | None], Plan]:
+        def planned(gpu_budget: int | None) -> Plan:
+            try:
+                chosen = methods.get(one.get("method", method))
+                merged = _python_names(chosen, parameters) | _python_names(chosen, one)
+                merged.pop("method", None)
+                return merges.plan(
+                    chosen, based, sources, merged, gpu_budget,
+                    dtype=dtype, numerics=numerics, seed=seed, exclude=exclude,
+                )  # fmt: skip
+            except ArgumentError as error:
+                raise ArgumentError(f"candidates[{index}]: {error}") from None
+
+        return planned
+
+    planners = [planner(index, one) for index, one in enumerate(given)]
+    plans = [planned(None) for planned in planners]
+
+    def each() -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+        series = merges.series(planners, plans, reuse)
+        for number, one in enumerate(given):
+            tensors, outcome = series.merge(number)
+            if outcome.nonfinite and on_nonfinite == "warn":
+                warnings.warn(_nonfinite_sentence(outcome), stacklevel=2)
+            yield one, tensors
+            # Whoever has dropped a result by now needs no memory for two.
+            del tensors
+
+    return each()
+
+
+def _candidates(candidates: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    if isinstance(candidates, str | Mapping) or not isinstance(candidates, Iterable):
+        raise ArgumentTypeError("candidates must be a list of dicts, each with the parameters of one merge.")
+    found = []
+    for index, one in enumerate(candidates):
+        if not isinstance(one, Mapping) or not all(isinstance(name, str) for name in one):
+            raise ArgumentTypeError(f"candidates[{index}] must be a dict of parameters, such as {{'density': 0.3}}.")
+        found.append(dict(one))
+    if not found:
+        raise ArgumentError("candidates is empty; list the parameters of at least one merge.")
+    return found
+
+
+def _python_names(method: methods.Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters under the names that Python has for them, so that `lambda` and `lambda_` are one."""
+    known = methods.parameters(method.name)
+    return {known[name].python_name if name in known else name: value for name, value in given.items()}
+
+
+def _in_memory(base: Any, models: Any) -> tuple[StateDictSource | None, list[StateDictSource]]:
     if isinstance(models, Mapping | torch.nn.Module) or not isinstance(models, Sequence):
         raise ArgumentTypeError("models must be a list of state dicts or modules; wrap a single one as [model].")
     sources = [StateDictSource(f"models[{index}]", model) for index, model in enumerate(models)]
-    based = None if base is None else StateDictSource("base", base)
-    if based is not None and not (chosen.needs_base or chosen.takes_base):
-        sources.append(based)
-        based = None
-    if sources:
-        chosen.check_count(len(sources))
-    everyone = sources if based is None else [based, *sources]
-    together = _place_together(place, everyone)
-    backends.resolve(backend, together)
-    computer = open_device(together)
-    budget = None if gpu_memory is None else parse_size(gpu_memory, name="gpu_memory")
+    return None if base is None else StateDictSource("base", base), sources
 
-    def planned(gpu_budget: int | None) -> Plan:
-        return make_plan(
-            chosen,
-            based,
-            sources,
-            _fixed_parameters(chosen, parameters, len(sources)),
-            budget=_PLENTY,
-            numerics=numerics,
-            seed=seed % (1 << 64),
-            out_dtype=_dtype(dtype),
-            exclude=[exclude] if isinstance(exclude, str) else list(exclude),
-            backend=backend or "auto",
-            device=computer.name,
-            gpu_budget=gpu_budget,
-        )
 
-    try:
-        plan = planned(None)
-        sink = _dict_sink(plan, computer)
-        if computer.stages and any(source.places.keys() - {together} for source in everyone):
+class _Resident:
+    """Merges of models in memory: where they are computed, and how."""
+
+    def __init__(
+        self,
+        sources: Sequence[StateDictSource],
+        device: torch.device | str | None,
+        backend: str | None,
+        gpu_memory: str | int | None,
+        on_nonfinite: str,
+    ) -> None:
+        """sources: of all merges."""
+        place = None if device is None else place_of(device, backend)
+        self.backend = backend
+        self.place = _place_together(place, sources)
+        backends.resolve(backend, self.place)
+        self.elsewhere = any(source.places.keys() - {self.place} for source in sources)
+        self.device_name = open_device(self.place).name
+        self.budget = None if gpu_memory is None else parse_size(gpu_memory, name="gpu_memory")
+        self.on_nonfinite = on_nonfinite
+
+    def plan(
+        self,
+        method: methods.Method,
+        base: StateDictSource | None,
+        models: Sequence[StateDictSource],
+        parameters: Mapping[str, Any],
+        gpu_budget: int | None,
+        *,
+        dtype: torch.dtype | str | None,
+        numerics: str,
+        seed: int,
+        exclude: str | Iterable[str],
+    ) -> Plan:
+        """The plan of one merge whose parameters are the same for every tensor."""
+        sources = list(models)
+        if base is not None and not (method.needs_base or method.takes_base):
+            sources.append(base)
+            base = None
+        if sources:
+            method.check_count(len(sources))
+        try:
+            return make_plan(
+                method,
+                base,
+                sources,
+                _fixed_parameters(method, parameters, len(sources)),
+                budget=_PLENTY,
+                numerics=numerics,
+                seed=seed % (1 << 64),
+                out_dtype=_dtype(dtype),
+                exclude=[exclude] if isinstance(exclude, str) else list(exclude),
+                backend=self.backend or "auto",
+                device=self.device_name,
+                gpu_budget=gpu_budget,
+            )
+        except CheckpointError as error:
+            raise ArgumentError(str(error)) from None
+
+    def merged(
+        self,
+        planned: Callable[[int | None], Plan],
+        plan: Plan,
+        shared: Shared | None = None,
+        again: Mapping[str, torch.Tensor] | None = None,
+    ) -> tuple[dict[str, torch.Tensor], Outcome]:
+        """Carry a plan out. planned: makes it anew for so many bytes of a GPU. again: tensors to merge over."""
+        computer = open_device(self.place)
+        sink = _dict_sink(plan, computer, again)
+        if computer.stages and self.elsewhere:
             # What the result takes is gone by now.
-            plan = planned(budget if budget is not None else int(GPU_MEMORY_SHARE * computer.free_bytes()))
-    except CheckpointError as error:
-        raise ArgumentError(str(error)) from None
-    outcome = execute(
-        plan,
-        sink,
-        on_nonfinite=on_nonfinite,  # type: ignore[arg-type]
-        backend=backend or "auto",
-        device=computer,
-    )
-    if outcome.nonfinite and on_nonfinite == "warn":
-        warnings.warn(_nonfinite_sentence(outcome), stacklevel=2)
-    return sink.tensors
+            plan = planned(self.budget if self.budget is not None else int(GPU_MEMORY_SHARE * computer.free_bytes()))
+        outcome = execute(
+            plan,
+            sink,
+            on_nonfinite=self.on_nonfinite,  # type: ignore[arg-type]
+            backend=self.backend or "auto",
+            device=computer,
+            shared=shared,
+        )
+        return sink.tensors, outcome
+
+    def series(self, planners: Sequence[Callable[[int | None], Plan]], plans: Sequence[Plan], reuse: bool) -> Series:
+        """Several merges, with what they have in common found once."""
+        return Series(self, planners, plans, reuse)
+
+
+class Series:
+    """Merges of the same models in memory, each of which is made when it is asked for."""
+
+    def __init__(
+        self, where: _Resident, planners: Sequence[Callable[[int | None], Plan]], plans: Sequence[Plan], reuse: bool
+    ) -> None:
+        self._where, self._planners, self._plans, self._reuse = where, planners, plans, reuse
+        self._shared = Shared(plans)
+        self._last: dict[str, torch.Tensor] | None = None
+
+    def merge(self, number: int) -> tuple[dict[str, torch.Tensor], Outcome]:
+        """One of them; with `reuse` in the memory of the one before, whose values are gone then."""
+        tensors, outcome = self._where.merged(self._planners[number], self._plans[number], self._shared, self._last)
+        if self._reuse:
+            self._last = dict(tensors)
+        return tensors, outcome
 
 
 def _place_together(place: torch.device | None, sources: Sequence[StateDictSource]) -> torch.device:
@@ -158,9 +340,9 @@ def _place_together(place: torch.device | None, sources: Sequence[StateDictSourc
     return place
 
 
-def _dict_sink(plan: Plan, device: Device) -> DictSink:
+def _dict_sink(plan: Plan, device: Device, again: Mapping[str, torch.Tensor] | None) -> DictSink:
     try:
-        return DictSink(plan, device.place)
+        return DictSink(plan, device.place, again)
     except RuntimeError as error:
         told = device.explain(error)
         if told is None:
@@ -410,19 +592,66 @@ def _open_and_plan(
     else:
         gpu_budget = None
     shard_bytes = parse_size(shard_size, name="shard_size")
+    wanted = _wanted(config)
+    opened = [stack.enter_context(open_checkpoint(ref)) for ref in wanted.refs]
+    plan = _plan_config(
+        config,
+        wanted,
+        opened,
+        budget=budget,
+        shard_size=shard_bytes,
+        numerics=numerics,
+        seed=seed,
+        backend=backend,
+        device=computer.name,
+        gpu_budget=gpu_budget,
+    )
+    if computer.stages and backends.name_of(kernels) == "reference" and backend != "reference":
+        reasons = "; ".join(f"{name}: {' '.join(str(backends.reason(name)).split())}" for name in backends.FOR_GPUS)
+        plan.notes.append(f"no backend for GPUs works here ({reasons}): plain torch computes, much more slowly.")
+    return opened, plan, computer
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a config merges: the method, and the models, base first if it is a base to the method."""
+
+    method: methods.Method
+    entries: Sequence[ModelEntry]
+    base: str | None
+
+    @property
+    def refs(self) -> list[str]:
+        return ([self.base] if self.base is not None else []) + [entry.model for entry in self.entries]
+
+
+def _wanted(config: MergeConfig) -> _Wanted:
     method, entries = _check_method(config)
     try:
         method.check_count(len(entries))
     except ArgumentError as error:
         raise ConfigError(f"{config.where(('models',))}: {error}") from None
+    return _Wanted(method, entries, config.base_model if method.needs_base or method.takes_base else None)
 
-    base_ref = config.base_model if method.needs_base or method.takes_base else None
-    refs = ([base_ref] if base_ref is not None else []) + [entry.model for entry in entries]
-    opened = [stack.enter_context(open_checkpoint(ref)) for ref in refs]
-    base = opened[0] if base_ref is not None else None
-    models = opened if base is None else opened[1:]
 
-    layers = count_layers(opened[0].tensors, opened[0].config)
+def _plan_config(
+    config: MergeConfig,
+    wanted: _Wanted,
+    sources: Sequence[Source],
+    *,
+    budget: int,
+    shard_size: int,
+    numerics: str,
+    seed: int,
+    backend: str | None,
+    device: str,
+    gpu_budget: int | None,
+) -> Plan:
+    """The plan of a config. sources: its models, in the order of `wanted.refs`."""
+    method, entries = wanted.method, wanted.entries
+    base = sources[0] if wanted.base is not None else None
+    models = sources if base is None else sources[1:]
+    layers = count_layers(sources[0].tensors, sources[0].config)
     known = methods.parameters(method.name)
     table = ParameterTable(
         config, layers, kinds={name: parameter.kind for name, parameter in known.items()}, entries=entries
@@ -434,23 +663,20 @@ def _open_and_plan(
             models,
             table.for_tensor,
             budget=budget,
-            shard_size=shard_bytes,
+            shard_size=shard_size,
             numerics=numerics,
             seed=seed % (1 << 64),
             dtype=_dtype(config.dtype),
             out_dtype=_dtype(config.out_dtype),
             exclude=config.exclude,
             backend=backend or "auto",
-            device=computer.name,
+            device=device,
             gpu_budget=gpu_budget,
         )
     except methods.ParameterError as error:
         raise ConfigError(f"{_where(config, entries, error)}: {error}") from None
     plan.notes.extend(_notes(config, entries, known))
-    if computer.stages and backends.name_of(kernels) == "reference" and backend != "reference":
-        reasons = "; ".join(f"{name}: {' '.join(str(backends.reason(name)).split())}" for name in backends.FOR_GPUS)
-        plan.notes.append(f"no backend for GPUs works here ({reasons}): plain torch computes, much more slowly.")
-    return opened, plan, computer
+    return plan
 
 
 def _notes(config: MergeConfig, entries: Sequence[ModelEntry], known: Mapping[str, Any]) -> list[str]:
@@ -554,6 +780,73 @@ def _card_info(config: MergeConfig, plan: Plan, digest: str, out: Path) -> dict[
         "version": package_version("fastmerge"),
         "digest": digest,
     }
+
+
+# -- checkpoints that are merged in memory, several times
+
+
+class CandidateMerges:
+    """Merges of checkpoints that are read once, each as a config of its own says.
+
+    Each has the bits that `merge_checkpoints` writes for its config. configs: of one folder of models, as a sweep makes
+    them. numerics, seed, on_nonfinite, backend: as of `merge_checkpoints`.
+
+    Raises ConfigError, CheckpointError, ArgumentError: what does not fit, from headers alone.
+
+    Attributes:
+        refs: the checkpoints. identities: what tells each from other files. input_bytes, output_bytes: of all models
+        together, and of the largest result: what is held in memory. notes: what a person should know.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[MergeConfig],
+        *,
+        numerics: str = "fp32",
+        seed: int = 0,
+        on_nonfinite: str = "error",
+        backend: str | None = None,
+    ) -> None:
+        _check_common(numerics, seed, on_nonfinite)
+        backends.resolve(backend, "cpu")
+        self._configs, self._backend, self._on_nonfinite = configs, backend, on_nonfinite
+        self._numbers: dict[str, Any] = {"numerics": numerics, "seed": seed, "backend": backend}
+        self._wanted = [_wanted(config) for config in configs]
+        self.refs = list(dict.fromkeys(ref for wanted in self._wanted for ref in wanted.refs))
+        with ExitStack() as stack:
+            opened = {ref: stack.enter_context(open_checkpoint(ref)) for ref in self.refs}
+            plans = self._plans(opened, range(len(configs)))
+            self.identities = [opened[ref].identity() for ref in self.refs]
+            self.input_bytes = sum(one.nbytes for one in opened.values())
+        self.output_bytes = max((plan.bytes_written for plan in plans), default=0)
+        self.notes = list(dict.fromkeys(note for plan in plans for note in plan.notes))
+
+    def _plans(self, sources: Mapping[str, Source], numbers: Iterable[int]) -> list[Plan]:
+        return [
+            _plan_config(
+                self._configs[number],
+                self._wanted[number],
+                [sources[ref] for ref in self._wanted[number].refs],
+                budget=_PLENTY,
+                shard_size=_PLENTY,
+                device="cpu",
+                gpu_budget=None,
+                **self._numbers,
+            )
+            for number in numbers
+        ]
+
+    def load(self, numbers: Sequence[int]) -> Callable[[int], dict[str, torch.Tensor]]:
+        """Read the models; returns what merges the candidate of a number, one of these, over the one before."""
+        sources = {}
+        for ref in dict.fromkeys(ref for number in numbers for ref in self._wanted[number].refs):
+            with open_checkpoint(ref) as opened:
+                sources[ref] = LoadedSource(opened)
+        plans = self._plans(sources, numbers)
+        where = _Resident(list(sources.values()), None, self._backend, None, self._on_nonfinite)
+        series = where.series([lambda budget, plan=plan: plan for plan in plans], plans, reuse=True)  # type: ignore[misc]
+        places = {number: place for place, number in enumerate(numbers)}
+        return lambda number: series.merge(places[number])[0]
 
 
 # -- arguments

@@ -135,6 +135,17 @@ def read_yaml(path: Path | str) -> tuple[Any, str, dict[Location, int]]:
     return _Composer(str(path), lines).load(text), text, lines
 
 
+def read_config(content: Any, text: str, name: str, lines: Mapping[Location, int]) -> MergeConfig:
+    """A merge config from plain values that were read already, such as a part of a file.
+
+    text: for the model card. name, lines: where it stands, as of `read_yaml`.
+
+    Raises:
+        ConfigError: one sentence that says where and what.
+    """
+    return _Reader(name, lines).config(content, text)
+
+
 def place(name: str, lines: Mapping[Location, int], path: Location) -> str:
     """Say where `path` stands in a file that was read: "evolve.yml, line 7"."""
     return _where(name, lines, path)

@@ -32,6 +32,7 @@ from fastmerge.engine.nonfinite import Counts, Nonfinite, OnNonfinite
 from fastmerge.engine.plan import Plan
 from fastmerge.engine.reader import Reader
 from fastmerge.engine.report import copy_bandwidth
+from fastmerge.engine.shared import Shared
 from fastmerge.engine.sinks import DictSink, Sink
 from fastmerge.engine.sources import TORCH_DTYPES
 from fastmerge.engine.staging import Staging
@@ -118,15 +119,21 @@ def execute(
     backend: str = "auto",
     progress: ProgressLike | None = None,
     device: Device | None = None,
+    shared: Shared | None = None,
 ) -> Outcome:
     """Carry a plan out.
 
     on_nonfinite: "error" stops at the first tensor that holds NaN or Inf, "warn" counts them, "zero" merges zeros in
-    their place. device: where to compute, None for the host. Raises MergeError naming model and tensor, or a device
-    that failed; whatever another thread or the caller's Ctrl-C raised goes on to the caller once all threads have
-    ended.
+    their place. device: where to compute, None for the host. shared: what several merges of the same models have in
+    common. Raises MergeError naming model and tensor, or a device that failed; whatever another thread or the caller's
+    Ctrl-C raised goes on to the caller once all threads have ended.
     """
-    return _Execution(plan, sink, on_nonfinite, backend, progress, device).run()
+    if shared is None:
+        return _Execution(plan, sink, on_nonfinite, backend, progress, device).run()
+    plan = shared.with_known(plan)
+    outcome = _Execution(plan, sink, on_nonfinite, backend, progress, device, shared).run()
+    shared.learn(plan, outcome.statistics)
+    return outcome
 
 
 class _Execution:
@@ -140,7 +147,9 @@ class _Execution:
         backend: str,
         progress: ProgressLike | None,
         device: Device | None = None,
+        shared: Shared | None = None,
     ) -> None:
+        self.shared = shared
         self.plan = plan
         self.sink = sink
         self.backend = backend
@@ -156,7 +165,7 @@ class _Execution:
         self.merged: deque[_Merged | None] = deque()
         self.loads_in_flight = 0
         self.bytes_in_flight = 0
-        self.nonfinite = Nonfinite(on_nonfinite, backend, self.host_backend)
+        self.nonfinite = Nonfinite(on_nonfinite, backend, self.host_backend, None if shared is None else shared.clean)
         self.seconds = {"reading": 0.0, "computing": 0.0, "writing": 0.0, "waiting": 0.0}
         self.at_hand: Gathering | None = None
         self.model = Gathering(None, plan.model_statistics, dict(plan.known))
@@ -381,7 +390,7 @@ class _Execution:
             at_hand.sample = chunk.clone()
             return
         if job.whole:
-            self.device.run(partial(at_hand.observe_whole, chunk), chunk.tensors, ())
+            self.device.run(partial(at_hand.observe_whole, chunk, self.shared), chunk.tensors, ())
         elif (wanted := at_hand.wanted) is not None:
             self._observe(at_hand, wanted, filled.load, chunk)
             return

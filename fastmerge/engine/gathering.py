@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastmerge.engine.jobs import Job
+from fastmerge.engine.shared import Shared
 from fastmerge.methods.base import Chunk, Statistic
 
 
@@ -39,10 +40,13 @@ class Gathering:
         else:
             self.state = statistic.extend(self.state, chunk, self.known)
 
-    def observe_whole(self, chunk: Chunk) -> None:
-        """Gather everything from the one chunk that is the whole tensor."""
+    def observe_whole(self, chunk: Chunk, shared: Shared | None = None) -> None:
+        """Gather everything from the one chunk that is the whole tensor. shared: what other merges know of it."""
         while (statistic := self.wanted) is not None:
-            self.state = statistic.observe(chunk, self.known)
+            if shared is None or self.job is None:
+                self.state = statistic.observe(chunk, self.known)
+            else:
+                self.state = shared.state(self.job, statistic, chunk, self.known)
             self.finish(statistic)
 
     def finish(self, statistic: Statistic) -> None:

@@ -14,28 +14,39 @@ from fastmerge.errors import MergeError
 
 OnNonfinite = Literal["error", "warn", "zero"]
 Counts = dict[str, dict[str, tuple[int, int]]]
+Clean = set[tuple[str, str, torch.dtype]]
+"""Inputs without any: the model, the tensor's name there, and what it was converted to."""
 
 
 class Nonfinite:
     """What is known about the inputs' NaN and Inf. Used by the thread that reads."""
 
-    def __init__(self, policy: OnNonfinite, backend: str, host_backend: str) -> None:
-        """policy: "error" refuses, "warn" counts, "zero" zeroes. host_backend: of the ops on the host's tensors."""
+    def __init__(self, policy: OnNonfinite, backend: str, host_backend: str, clean: Clean | None = None) -> None:
+        """policy: "error" refuses, "warn" counts, "zero" zeroes. host_backend: of the ops on the host's tensors.
+
+        clean: what other merges of the same inputs know, to which this one adds.
+        """
         self.zeroes = policy == "zero"
         self.refuses = policy == "error"
         self.counts: Counts = {}
+        self._clean: Clean = set() if clean is None else clean
         self._checked: set[str] = set()
         self._backend = backend
         self._host_backend = host_backend
 
     def done_with(self, load: Load) -> None:
         """After the last load of a tensor's first sweep there is nothing more to count in it."""
-        if load.stop == load.job.numel and not load.sample:
-            self._checked.add(load.job.name)
+        if load.stop != load.job.numel or load.sample:
+            return
+        name = load.job.name
+        self._checked.add(name)
+        for one, dtype in zip(load.job.inputs, load.job.held, strict=True):
+            if name not in self.counts.get(one.source.ref, {}):
+                self._clean.add((one.source.ref, one.info.name, dtype))
 
     def found_in(self, load: Load, one: Input, piece: torch.Tensor) -> bool:
         """Whether the piece holds NaN or Inf; counted when it is read for the first time."""
-        if not piece.is_floating_point():
+        if not piece.is_floating_point() or (one.source.ref, one.info.name, piece.dtype) in self._clean:
             return False
         name = load.job.name
         if name in self._checked and name not in self.counts.get(one.source.ref, {}):

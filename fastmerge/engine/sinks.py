@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -20,12 +21,24 @@ class Sink(Protocol):
 
 
 class DictSink:
-    """Merged tensors in memory of their own, so that none is an alias of an input."""
+    """Merged tensors in memory of their own, so that none is an alias of an input.
 
-    def __init__(self, plan: Plan, place: torch.device = torch.device("cpu")) -> None:
+    again: tensors of an earlier merge that nobody needs any more; they are merged over where shape and dtype fit.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        place: torch.device = torch.device("cpu"),
+        again: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         for job in plan.jobs:
-            self.tensors[job.name] = torch.empty(job.shape, dtype=job.out, device=place)
+            old = None if again is None else again.get(job.name)
+            fits = old is not None and (tuple(old.shape), old.dtype, old.device) == (job.shape, job.out, place)
+            self.tensors[job.name] = (
+                old if fits and old is not None else torch.empty(job.shape, dtype=job.out, device=place)
+            )
 
     def target(self, name: str, start: int, stop: int) -> torch.Tensor:
         """The place of these elements in the result."""

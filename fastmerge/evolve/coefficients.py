@@ -14,6 +14,7 @@ from torch import Tensor
 from fastmerge import methods
 from fastmerge.engine.sources import StateDictSource
 from fastmerge.errors import ArgumentError, ArgumentTypeError, EvaluationError, MergeError
+from fastmerge.evolve import live
 from fastmerge.evolve.evaluator import DevelopmentScore, FinalScore, Score, both
 from fastmerge.evolve.history import History
 from fastmerge.evolve.members import Model, digest_of, load
@@ -248,7 +249,7 @@ class _Search:
         value, parameters = self.best
         state = self.merged(parameters)
         digest = _digest(state)
-        score, error = self._final(final, self._subject(state))
+        score, error = self._final(final, live.subject(self.model, state))
         return SearchReport(
             state=state,
             parameters=parameters,
@@ -303,7 +304,7 @@ class _Search:
         else:
             # What the method refuses is refused for the first point, before any evaluation.
             try:
-                subject = self._subject(self.merged(parameters))
+                subject = live.subject(self.model, self.merged(parameters))
             except MergeError as failed:
                 score, error = None, " ".join(str(failed).split())
             else:
@@ -314,20 +315,6 @@ class _Search:
         if score is not None and (self.best is None or score > self.best[0]):
             self.best = score, parameters
         return score
-
-    def _subject(self, state: dict[str, Tensor]) -> Any:
-        if self.model is None:
-            return state
-        result = self.model.load_state_dict(state, strict=False)
-        own = self.model.state_dict()
-        written = {own[name].data_ptr() for name in state if name in own}
-        left = [name for name in result.missing_keys if own[name].data_ptr() not in written]
-        if result.unexpected_keys or left:
-            name, where = (result.unexpected_keys[0], "model") if result.unexpected_keys else (left[0], "merge")
-            raise ArgumentError(
-                f"the {where} has no tensor {name!r}: the module and the merge are of two architectures."
-            )
-        return self.model
 
     def _final(self, final: FinalScore | None, subject: Any) -> tuple[float | None, str]:
         if final is None:

@@ -54,18 +54,23 @@ class EvolveConfig:
 def load(path: Path | str) -> EvolveConfig:
     """Read a config. ConfigError: one sentence that says where and what."""
     content, text, lines = read_yaml(path)
-    return _Reader(str(path), lines).config(content, text, Path(path).expanduser().resolve().parent)
+    return Reader(str(path), lines).config(content, text, Path(path).expanduser().resolve().parent)
 
 
-class _Reader:
-    def __init__(self, name: str, lines: Mapping[Location, int]) -> None:
+class Reader:
+    """What a config says of scores, live models and searches. within: the part of the file that it is, if not all."""
+
+    def __init__(self, name: str, lines: Mapping[Location, int], within: Location = ()) -> None:
         self.name = name
         self.lines = lines
+        self.within = within
 
     def error(self, path: Location, sentence: str) -> ConfigError:
-        return ConfigError(f"{place(self.name, self.lines, path)}: {sentence}")
+        """The error that says where in the file it is."""
+        return ConfigError(f"{place(self.name, self.lines, (*self.within, *path))}: {sentence}")
 
     def config(self, content: Any, text: str, folder: Path) -> EvolveConfig:
+        """All of a search's config."""
         if not isinstance(content, Mapping):
             raise self.error((), "a config is a mapping of keys to values, such as `models:` and `score:`.")
         strategy = content.get("strategy", "evolver")
@@ -113,6 +118,7 @@ class _Reader:
         return EvolveConfig(**found)
 
     def check_keys(self, content: Mapping[str, Any], known: tuple[str, ...], strategy: str) -> None:
+        """Refuse keys that are none of these."""
         for key in content:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
@@ -120,6 +126,7 @@ class _Reader:
                 raise self.error((key,), f"the key `{key}` is not understood; {hint}")
 
     def models(self, content: Any) -> list[str]:
+        """The names of models."""
         if not isinstance(content, list) or not content:
             raise self.error(("models",), "`models` lists the first members: paths or hub names, one in each line.")
         found = []
@@ -131,6 +138,7 @@ class _Reader:
         return found
 
     def score(self, content: Mapping[str, Any], key: str) -> str | dict[str, Any] | None:
+        """A score under this key: a function's name, or lm-eval's tasks."""
         value = content.get(key)
         if value is None:
             return None
@@ -145,11 +153,13 @@ class _Reader:
         return self.function(value, (key,))
 
     def function(self, value: Any, path: Location) -> str:
+        """A function's name."""
         if not isinstance(value, str) or not _FUNCTION.fullmatch(value):
             raise self.error(path, f"`{path[0]}` names a function as `package.module:function`, not {value!r}.")
         return value
 
     def check_apart(self, score: str | dict[str, Any], final: str | dict[str, Any] | None) -> None:
+        """Refuse a final score of what the other one has looked at."""
         shared = score == final
         if isinstance(score, dict) and isinstance(final, dict):
             shared = bool(set(score["tasks"]) & set(final["tasks"]))

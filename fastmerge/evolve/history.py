@@ -21,13 +21,13 @@ FORMAT = 1
 
 
 class History:
-    """A history in memory and, with a directory, in its file `history.jsonl`.
+    """A history in memory and, with a directory, in its file, `history.jsonl`.
 
-    about: what the run is, plain values; a file must begin with the same. A last line that was cut off, and failures at
-    the end, are dropped: what made them fail may be mended by now.
+    about: what the run is, plain values; a file must begin with the same. file: its name, if that is another one. A
+    last line that was cut off, and failures at the end, are dropped: what made them fail may be mended by now.
     """
 
-    def __init__(self, directory: Path | str | None, about: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path | str | None, about: Mapping[str, Any], file: str = FILE) -> None:
         self.records: list[dict[str, Any]] = []
         self._told = 0
         self._file: IO[bytes] | None = None
@@ -37,7 +37,7 @@ class History:
             self.records.append(head)
             self._told = 1
             return
-        self.path = Path(directory).expanduser() / FILE
+        self.path = Path(directory).expanduser() / file
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open(head)

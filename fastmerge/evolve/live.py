@@ -5,9 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastmerge.errors import ArgumentError, ArgumentTypeError
 from fastmerge.evolve.members import Members
+
+
+def subject(model: torch.nn.Module | None, state: dict[str, Tensor]) -> Any:
+    """What an evaluator gets of a merge: the module with its values, or the merge itself where there is no module.
+
+    Raises ArgumentError: the module is of another architecture.
+    """
+    if model is None:
+        return state
+    result = model.load_state_dict(state, strict=False)
+    own = model.state_dict()
+    written = {own[name].data_ptr() for name in state if name in own}
+    left = [name for name in result.missing_keys if own[name].data_ptr() not in written]
+    if result.unexpected_keys or left:
+        name, where = (result.unexpected_keys[0], "model") if result.unexpected_keys else (left[0], "merge")
+        raise ArgumentError(f"the {where} has no tensor {name!r}: the module and the merge are of two architectures.")
+    return model
 
 
 class Live:

@@ -13,7 +13,8 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from fastmerge.engine.checkpoint import open_checkpoint
+from fastmerge.engine.checkpoint import Checkpoint, open_checkpoint
+from fastmerge.engine.loading import read_all
 from fastmerge.engine.manifest import merge_digest
 from fastmerge.engine.matching import copies_of_embeddings
 from fastmerge.engine.safetensors_header import TensorInfo
@@ -125,22 +126,16 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return view
 
 
-def _source(model: Model, what: str, stack: ExitStack) -> Source:
+def _source(model: Model, what: str, stack: ExitStack) -> Checkpoint | StateDictSource:
     if isinstance(model, str | Path):
         return stack.enter_context(open_checkpoint(model))
     return StateDictSource(what, model)
 
 
-def _tensors(source: Source) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for name, info in source.tensors.items():
-        if isinstance(source, StateDictSource):
-            found[name] = source.view(info).view(info.shape)
-            continue
-        tensor = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
-        source.read_into(info, 0, tensor.view(-1).view(torch.uint8).numpy().data)
-        found[name] = tensor
-    return found
+def _tensors(source: Checkpoint | StateDictSource) -> dict[str, Tensor]:
+    if isinstance(source, StateDictSource):
+        return {name: source.view(info).view(info.shape) for name, info in source.tensors.items()}
+    return read_all(source)
 
 
 def _aliases(source: Source) -> dict[str, str]:

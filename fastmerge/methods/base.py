@@ -7,7 +7,7 @@ them, and hands the finished statistics back with each chunk that is to be merge
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -169,6 +169,19 @@ class Statistic(ABC):
     @abstractmethod
     def add(self, state: Any, other: Any) -> Any:
         """The state of both."""
+
+    # -- for merges of the same models, one after the other
+
+    def depends_only_on(self) -> Hashable | None:
+        """What the state of a whole tensor follows from besides its elements; merges that agree in it share the state.
+
+        None: each merge finds its own.
+        """
+        return None
+
+    def observe_with(self, others: Sequence[Any], chunk: Chunk, known: Known) -> list[Any]:
+        """Its own state; and after it those of others of its kind, where all together cost less than one by one."""
+        return [self.observe(chunk, known)]
 
     @abstractmethod
     def finish(self, state: Any, known: Known) -> Any:

@@ -7,7 +7,7 @@ with m_i from the sign election (TIES) or 1, and the divisor the sum of the weig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any, ClassVar, Literal
@@ -159,6 +159,12 @@ class ConsensusMethod(Method):
                 "scope",
             )
 
+    def _kept_by(self, context: TensorContext) -> Hashable:
+        """What decides which elements of a tensor are kept, besides the elements."""
+        parameters = self._parameters(context)
+        more = [getattr(parameters, name, None) for name in ("gamma", "epsilon", "scope")]
+        return self.sparsify, parameters.density, *more, context.seed, context.numerics
+
     def _model_scope(self, context: TensorContext) -> bool:
         return getattr(context.parameters, "scope", "tensor") == "model"
 
@@ -195,7 +201,7 @@ class ConsensusMethod(Method):
 
             if whole and self.sparsify == "della" and self._row_length(context) % 8 == 0:
                 needed.append(KeptMasks(context, rule, arranged))
-            needed.append(Rescale(context, rule, arranged, precision))
+            needed.append(Rescale(context, rule, arranged, precision, self._kept_by(context)))
         return needed
 
     def merge(self, context: TensorContext, chunk: Chunk, known: Known, out: torch.Tensor) -> None:

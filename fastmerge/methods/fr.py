@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Literal
@@ -209,6 +209,10 @@ class Masses(Statistic):
 
     context: TensorContext
     name = "alignment"
+
+    def depends_only_on(self) -> Hashable:
+        """Nothing."""
+        return ()
 
     def observe(self, chunk: Chunk, known: Known) -> torch.Tensor:
         """int64[n, 2, 12] limbs."""

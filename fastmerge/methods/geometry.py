@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -180,6 +180,10 @@ class Coefficients(Statistic):
     method: GeometricMethod
     context: TensorContext
     name = "coefficients"
+
+    def depends_only_on(self) -> Hashable:
+        """What the operands are; coefficients are made of their inner products afterwards."""
+        return type(self.method)
 
     def observe(self, chunk: Chunk, known: Known) -> Tensor:
         """float64[pairs, 1, blocks of the chunk]."""

@@ -6,7 +6,7 @@ that window. Where the sample misled, two sweeps of histograms follow. What is f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -389,6 +389,10 @@ class RuleOfWhole(Statistic):
         self.context = context
         self.variant = variant
         self.density = list(density)
+
+    def depends_only_on(self) -> Hashable:
+        """The variant, and how much is kept."""
+        return self.variant, tuple(self.density)
 
     def observe(self, chunk: Chunk, known: Known) -> PcbRule:
         """The chunk is the whole tensor."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -73,6 +73,11 @@ class Factors(Statistic):
 
     context: TensorContext
     name = "factors"
+
+    def depends_only_on(self) -> Hashable:
+        """What counts as a change."""
+        parameters: Any = self.context.parameters
+        return parameters.epsilon
 
     def observe(self, chunk: Chunk, known: Known) -> torch.Tensor:
         """int64[n, 2]: shared and lone changes."""

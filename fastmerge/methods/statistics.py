@@ -9,7 +9,7 @@ Histograms are counts and add, so that the cuts do not show in the result.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,6 +127,25 @@ class RankBoundsOfWhole(Statistic):
             backend=self.context.backend,
         )
         return WholeBounds(bounds, ties)
+
+    def depends_only_on(self) -> Hashable:
+        """The ranks."""
+        return tuple(self.ranks.first), tuple(self.ranks.last)
+
+    def observe_with(self, others: Sequence[RankBoundsOfWhole], chunk: Chunk, known: Known) -> list[WholeBounds]:
+        """All ranks of all models in one sweep, each pair of them once."""
+        wanted = [list(enumerate(zip(one.ranks.first, one.ranks.last, strict=True))) for one in (self, *others)]
+        rows = {pair: row for row, pair in enumerate(dict.fromkeys(pair for pairs in wanted for pair in pairs))}
+        bounds, ties = ops.magnitude_bounds(
+            chunk.base,
+            [chunk.models[model] for model, _ in rows],
+            [first for _, (first, _) in rows],
+            [last for _, (_, last) in rows],
+            compute=self.context.compute,
+            backend=self.context.backend,
+        )
+        places = [[rows[pair] for pair in pairs] for pairs in wanted]
+        return [WholeBounds(bounds[mine].contiguous(), ties[mine].contiguous()) for mine in places]
 
     def add(self, state: WholeBounds, other: WholeBounds) -> WholeBounds:
         """Never needed: there is one chunk."""
@@ -334,7 +353,13 @@ class Rescale(Statistic):
     rule: Callable[[Chunk, Known], SparsifyRule]
     arranged: Callable[[Chunk], Chunk]
     precision: torch.dtype
+    kept_by: Hashable = None
+    """What the rule follows from besides the elements, if others may share what is found."""
     name = "scales"
+
+    def depends_only_on(self) -> Hashable | None:
+        """What is kept."""
+        return self.kept_by
 
     def observe(self, chunk: Chunk, known: Known) -> torch.Tensor:
         """int64[n, 2, 12] limbs of the two sums of each model."""

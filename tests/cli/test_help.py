@@ -39,6 +39,7 @@ def test_help_answers_at_once(arguments: list[str]) -> None:
         ["verify", "--help"],
         ["verify", "no.yml"],
         ["evolve", "no.yml", "out"],
+        ["sweep", "no.yml", "out"],
     ],
 )
 def test_neither_help_nor_a_wrong_command_line_imports_torch(arguments: list[str]) -> None:
@@ -52,7 +53,7 @@ def test_neither_help_nor_a_wrong_command_line_imports_torch(arguments: list[str
 def test_help_lists_the_commands_there_are_and_no_others(run: Run) -> None:
     result = run("--help")
     assert result.returncode == 0
-    for present in ("merge", "methods", "env", "bench", "expert", "evolve"):
+    for present in ("merge", "methods", "env", "bench", "expert", "evolve", "sweep"):
         assert f" {present} " in result.stdout
     for absent in ("inspect", "pcb", "resume "):
         assert absent not in result.stdout + run("merge", "--help").stdout
