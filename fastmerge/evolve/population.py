@@ -2,6 +2,9 @@
 
 By recipe, a member costs a few numbers, and its values are computed anew whenever they are needed, piece by piece.
 Materialised, each member's values are kept as well, which saves that. Both ways give the same bits.
+
+A chain of recipes grows with each trial that is accepted. Where the input models' memory is the run's own, all members
+are computed into it as soon as one would take more than LONGEST recipes; models that are lent stay as they are.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from fastmerge.evolve.recipes import Recipe, needed
 
 PIECE = 1 << 18
 """Elements of one tensor that go through a chain of recipes at a time."""
+
+LONGEST = 8
+"""Recipes from which a trial is made, at most, where the input models may be overwritten."""
 
 
 class Population:
@@ -50,8 +56,11 @@ class Population:
         member = target if isinstance(target, int) else target.member
         recipes = self.recipes if isinstance(target, int) else [*self.recipes, target]
         node = self.slots[member] if isinstance(target, int) else self._first + len(self.recipes)
-        leaves = dict(zip(self._at, self._held, strict=True)) if self.kept else dict(enumerate(self._held))
-        order = needed(recipes, self._first, [node], frozenset(leaves))
+        order = needed(recipes, self._first, [node], frozenset(self._at))
+        if len(order) > LONGEST and self._members.owned:
+            self._advance()
+            order = needed(recipes, self._first, [node], frozenset(self._at))
+        leaves = dict(zip(self._at, self._held, strict=True))
         evolved = frozenset(self._members.evolved)
         done: frozenset[str] = frozenset()
         if len(order) == 1:
@@ -141,7 +150,7 @@ class Population:
         return made
 
     def _advance(self) -> None:
-        """Bring the kept values of members to the nodes that they are at."""
+        """Bring the values that are held of members to the nodes that they are at."""
         stale = [member for member, node in enumerate(self.slots) if self._at[member] != node]
         if not stale:
             return
