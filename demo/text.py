@@ -1,9 +1,10 @@
-"""Three domains of text that every machine with Python holds, each split into training and held-out text.
+"""Three domains of text that every machine with Python holds, each split into training, development and test text.
 
 Python source is the standard library's, English is the language reference in ``pydoc_data.topics``, C is the headers
 of CPython and numpy. Whole documents (a file, a topic) are held out, and whatever else repeats a paragraph of a
 held-out document (licence headers, the chapters that the topics share) loses that paragraph: no held-out paragraph is
-trained on.
+trained on. Some of the held-out documents are for searches, which choose by their scores on them, and lose what they
+share with the others: no paragraph that is scored in the end was trained on or chosen by.
 """
 
 import hashlib
@@ -15,15 +16,21 @@ from pathlib import Path
 DOMAINS = ("python", "english", "c")
 DOMAIN_BYTES = 1_200_000  # the largest share of one domain: more than the training sees, and quick to score
 HELD_OUT = 0.1
+DEVELOPMENT = 0.4  # of what is held out
 SHORTEST_PARAGRAPH = 24  # bytes; shorter ones ("#endif", "return self") recur by nature and teach nothing about a file
 
 
 @dataclass(frozen=True)
 class Split:
-    """One domain's text: ``train`` to learn from and ``held_out`` to be scored on, as UTF-8 bytes."""
+    """One domain's text as UTF-8 bytes: ``train`` to learn from, and ``held_out`` not to.
+
+    Of the latter, ``development`` is what searches score what they try on, and ``test`` what the table's scores are of.
+    """
 
     train: bytes
     held_out: bytes
+    development: bytes
+    test: bytes
 
 
 def python_documents() -> dict[str, bytes]:
@@ -75,11 +82,16 @@ def split(
             else:
                 train[domain].append(text)
 
-    secret = {paragraph for texts in held_out.values() for text in texts for paragraph in paragraphs(text)}
+    secret = _paragraphs(held_out)
+    development = {domain: _development(texts) for domain, texts in held_out.items()}
+    test = {domain: [text for text in held_out[domain] if text not in development[domain]] for domain in domains}
+    final = _paragraphs(test)
     return {
         domain: Split(
             train=b"\n\n".join(_without(text, secret) for text in train[domain]),
             held_out=b"\n\n".join(held_out[domain]),
+            development=b"\n\n".join(_without(text, final) for text in development[domain]),
+            test=b"\n\n".join(test[domain]),
         )
         for domain in domains
     }
@@ -117,6 +129,20 @@ def _choose(documents: Mapping[str, bytes], limit: int) -> list[bytes]:
             seen.add(text)
             room -= len(text)
     return chosen
+
+
+def _development(held_out: list[bytes]) -> list[bytes]:
+    """The held-out documents that searches may see: at most their share of the bytes, in the order of the hashes."""
+    chosen, budget = [], DEVELOPMENT * sum(map(len, held_out))
+    for text in held_out:
+        if len(text) <= budget:
+            chosen.append(text)
+            budget -= len(text)
+    return chosen
+
+
+def _paragraphs(texts: Mapping[str, list[bytes]]) -> set[bytes]:
+    return {paragraph for each in texts.values() for text in each for paragraph in paragraphs(text)}
 
 
 def _without(text: bytes, secret: set[bytes]) -> bytes:
