@@ -19,6 +19,7 @@ MUTATIONS = [
         ("models in memory are not changed", "if not self._own[member]:", "if False:"),
         ("a value is kept while it is needed", "if last[parent] == node and", "if True and"),
         ("long chains are cut", "if len(order) > LONGEST and", "if False and"),
+        ("half of what is free is left", "members.nbytes <= free // 2", "members.nbytes <= free"),
         ("models that are lent are not", "LONGEST and self._members.owned:", "LONGEST:"),
     ),
     *in_file(

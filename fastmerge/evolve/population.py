@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -182,17 +183,26 @@ def _direct(out: Tensor, like: Tensor) -> bool:
     return out.is_contiguous() and out.dtype == like.dtype and out.device == like.device
 
 
-def fits_in_memory(members: Members, available: Callable[[], int | None]) -> bool:
-    """Whether members should be kept: they need no more memory than there is, or half of what is free."""
+def fits_in_memory(members: Members, available: Callable[[torch.device], int | None]) -> bool:
+    """Whether members should be kept: they need no more memory than there is, or half of what is free where they are.
+
+    available: the bytes that are free in a device's memory, None where that is not known.
+    """
     if members.owned:
         return True
-    free = available()
+    free = available(members.tensors[0][members.evolved[0]].device)
     return free is not None and len(members.tensors) * members.nbytes <= free // 2
 
 
-def free_memory() -> int | None:
-    """Bytes of memory that are free here, or None where the system does not say."""
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of the device's memory that are free, or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
+        # What files are cached in is as good as free.
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
+    except (AttributeError, IndexError, OSError, ValueError):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -635,6 +636,18 @@ def test_members_of_checkpoints_may_use_the_memory_that_they_were_read_into(tmp_
     assert report.digest == again.digest
     with pytest.raises(CheckpointError):
         evolve([tmp_path / "0", {"x": torch.zeros(2)}], never)
+
+
+def test_members_are_kept_where_half_of_what_is_free_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the members are: a GPU's memory is no matter of the host's."""
+    members = gather(family(4))
+    assert members.nbytes == 12 * 4 + 8
+    for free, kept in ((2 * 4 * 56, True), (2 * 4 * 56 - 1, False), (None, False)):
+        assert population.fits_in_memory(members, lambda device, free=free: free) is kept
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 + device.index, 1000))
+    assert population.free_memory(torch.device("cuda", 2)) == 7
+    here = population.free_memory(torch.device("cpu"))
+    assert here is not None and 1 << 20 < here < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_chains_of_recipes_are_cut_where_the_memory_is_the_runs_own(
