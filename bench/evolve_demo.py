@@ -2,6 +2,7 @@
 
     make demo                                  # trains the models, once
     python bench/evolve_demo.py                # five seeds of eight generations
+    python bench/evolve_demo.py --merger linear                                  # what all members merge to is scored
     python bench/evolve_demo.py --seeds 1 --generations 1 --test-bytes 4000      # a smoke test of the benchmark itself
 
 The search sees development text alone. In the end its model is scored once on the test text of the demo's table,
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("--models", type=Path, default=ROOT / "demo" / "models")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--generations", type=int, default=8)
+    parser.add_argument("--merger", default=None, help="score what the members merge to by this method")
     parser.add_argument("--test-bytes", type=int, default=40_000, help="of each domain, as in the demo's table")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -60,7 +62,9 @@ def main() -> int:
 
     def one(seed: int) -> dict[str, object]:
         began = time.perf_counter()
-        final, report = searches.evolver(options.models, splits, score, generations=options.generations, seed=seed)
+        final, report = searches.evolver(
+            options.models, splits, score, generations=options.generations, seed=seed, merger=options.merger
+        )
         best = [-value for value in report.scores if value is not None]
         if best != sorted(best, reverse=True) or len(best) != options.generations + 1:
             raise AssertionError(f"the best score of seed {seed} fell: {best}")

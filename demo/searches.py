@@ -17,6 +17,8 @@ from fastmerge import evolve
 
 DEVELOPMENT = 8_000
 """Bytes of each domain's development text that a trial is scored on."""
+PIECE = 1000
+"""They come in pieces of so many, from all over it: a few documents say little of the others."""
 GENERATIONS = 4
 LAMBDAS = (0.1, 1.3)
 EVALUATIONS = 9
@@ -28,7 +30,7 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 
 def development(splits: Mapping[str, text.Split], size: int = DEVELOPMENT) -> Callable[[torch.nn.Module], float]:
     """The development score of a model: the mean over the domains of its bits per byte, negative: higher is better."""
-    samples = {domain: text.sample(split.development, size) for domain, split in splits.items()}
+    samples = {domain: text.sample(split.development, size, piece=PIECE) for domain, split in splits.items()}
 
     def score(model: torch.nn.Module) -> float:
         return -mean({domain: bits_per_byte(_logits(model), sample) for domain, sample in samples.items()})
@@ -56,8 +58,9 @@ def evolver(
     *,
     generations: int = GENERATIONS,
     seed: int = SEED,
+    merger: str | None = None,
 ) -> tuple[Scores, evolve.EvolveReport]:
-    """Evolver on the fine-tunes; the scores of the best member, and what the search says."""
+    """Evolver on the fine-tunes; the scores of the best member, or of what all merge to, and what the search says."""
     final = Final(score)
     report = evolve.evolve(
         [models / domain for domain in text.DOMAINS],
@@ -65,6 +68,7 @@ def evolver(
         strategy="evolver",
         generations=generations,
         seed=seed,
+        merger=merger,
         model=family.load(models / BASE).eval(),
         final_score=final,
     )

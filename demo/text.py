@@ -3,8 +3,8 @@
 Python source is the standard library's, English is the language reference in ``pydoc_data.topics``, C is the headers
 of CPython and numpy. Whole documents (a file, a topic) are held out, and whatever else repeats a paragraph of a
 held-out document (licence headers, the chapters that the topics share) loses that paragraph: no held-out paragraph is
-trained on. Some of the held-out documents are for searches, which choose by their scores on them, and lose what they
-share with the others: no paragraph that is scored in the end was trained on or chosen by.
+trained on. Of what is held out some stretches, drawn from all over it, are for searches, which choose by their scores
+on them; they lose what the others repeat: no paragraph that is scored in the end was trained on or chosen by.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ DOMAINS = ("python", "english", "c")
 DOMAIN_BYTES = 1_200_000  # the largest share of one domain: more than the training sees, and quick to score
 HELD_OUT = 0.1
 DEVELOPMENT = 0.4  # of what is held out
+STRETCH = 2000  # bytes, at least: whole paragraphs that are searched on or scored together
 SHORTEST_PARAGRAPH = 24  # bytes; shorter ones ("#endif", "return self") recur by nature and teach nothing about a file
 
 
@@ -82,16 +83,17 @@ def split(
             else:
                 train[domain].append(text)
 
-    secret = _paragraphs(held_out)
-    development = {domain: _development(texts) for domain, texts in held_out.items()}
-    test = {domain: [text for text in held_out[domain] if text not in development[domain]] for domain in domains}
-    final = _paragraphs(test)
+    secret = {paragraph for texts in held_out.values() for text in texts for paragraph in paragraphs(text)}
+    development, test = {}, {}
+    for domain, texts in held_out.items():
+        development[domain], test[domain] = _divide(b"\n\n".join(texts), domain)
+    final = {paragraph for text in test.values() for paragraph in paragraphs(text)}
     return {
         domain: Split(
             train=b"\n\n".join(_without(text, secret) for text in train[domain]),
             held_out=b"\n\n".join(held_out[domain]),
-            development=b"\n\n".join(_without(text, final) for text in development[domain]),
-            test=b"\n\n".join(test[domain]),
+            development=_without(development[domain], final),
+            test=test[domain],
         )
         for domain in domains
     }
@@ -131,18 +133,20 @@ def _choose(documents: Mapping[str, bytes], limit: int) -> list[bytes]:
     return chosen
 
 
-def _development(held_out: list[bytes]) -> list[bytes]:
-    """The held-out documents that searches may see: at most their share of the bytes, in the order of the hashes."""
-    chosen, budget = [], DEVELOPMENT * sum(map(len, held_out))
-    for text in held_out:
-        if len(text) <= budget:
-            chosen.append(text)
-            budget -= len(text)
-    return chosen
-
-
-def _paragraphs(texts: Mapping[str, list[bytes]]) -> set[bytes]:
-    return {paragraph for each in texts.values() for text in each for paragraph in paragraphs(text)}
+def _divide(text: bytes, domain: str) -> tuple[bytes, bytes]:
+    """What of a text is for development and what for the test: stretches of it, drawn by a hash of their numbers."""
+    stretches: list[list[bytes]] = [[]]
+    for piece in text.split(b"\n\n"):
+        if sum(map(len, stretches[-1])) >= STRETCH:
+            stretches.append([])
+        stretches[-1].append(piece)
+    numbers = sorted(range(len(stretches)), key=lambda n: hashlib.sha256(f"{domain} {n}".encode()).digest())
+    chosen = set(numbers[: round(DEVELOPMENT * len(numbers))])
+    development, test = (
+        [b"\n\n".join(stretch) for number, stretch in enumerate(stretches) if (number in chosen) is wanted]
+        for wanted in (True, False)
+    )
+    return b"\n\n".join(development), b"\n\n".join(test)
 
 
 def _without(text: bytes, secret: set[bytes]) -> bytes:

@@ -49,7 +49,8 @@ def test_what_searches_see_is_held_out_from_training_and_no_paragraph_of_it_is_s
         assert development | test <= all_paragraphs(splits, "held_out")
         assert not (development | test) & all_paragraphs(splits, "train")
     for split in real.values():
-        assert 0.3 < len(split.development) / len(split.held_out) <= 0.4 and len(split.test) > 15_000
+        # A stretch that is longer than the others, such as a table, may be in either.
+        assert 0.25 < len(split.development) / len(split.held_out) < 0.5 and len(split.test) > 15_000
 
 
 def test_a_tenth_of_every_real_domain_is_held_out(real):
