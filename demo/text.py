@@ -1,9 +1,10 @@
-"""Three domains of text that every machine with Python holds, each split into training and held-out text.
+"""Three domains of text that every machine with Python holds, each split into training, development and test text.
 
 Python source is the standard library's, English is the language reference in ``pydoc_data.topics``, C is the headers
 of CPython and numpy. Whole documents (a file, a topic) are held out, and whatever else repeats a paragraph of a
 held-out document (licence headers, the chapters that the topics share) loses that paragraph: no held-out paragraph is
-trained on.
+trained on. Of what is held out some stretches, drawn from all over it, are for searches, which choose by their scores
+on them; they lose what the others repeat: no paragraph that is scored in the end was trained on or chosen by.
 """
 
 import hashlib
@@ -15,15 +16,22 @@ from pathlib import Path
 DOMAINS = ("python", "english", "c")
 DOMAIN_BYTES = 1_200_000  # the largest share of one domain: more than the training sees, and quick to score
 HELD_OUT = 0.1
+DEVELOPMENT = 0.4  # of what is held out
+STRETCH = 2000  # bytes, at least: whole paragraphs that are searched on or scored together
 SHORTEST_PARAGRAPH = 24  # bytes; shorter ones ("#endif", "return self") recur by nature and teach nothing about a file
 
 
 @dataclass(frozen=True)
 class Split:
-    """One domain's text: ``train`` to learn from and ``held_out`` to be scored on, as UTF-8 bytes."""
+    """One domain's text as UTF-8 bytes: ``train`` to learn from, and ``held_out`` not to.
+
+    Of the latter, ``development`` is what searches score what they try on, and ``test`` what the table's scores are of.
+    """
 
     train: bytes
     held_out: bytes
+    development: bytes
+    test: bytes
 
 
 def python_documents() -> dict[str, bytes]:
@@ -76,10 +84,16 @@ def split(
                 train[domain].append(text)
 
     secret = {paragraph for texts in held_out.values() for text in texts for paragraph in paragraphs(text)}
+    development, test = {}, {}
+    for domain, texts in held_out.items():
+        development[domain], test[domain] = _divide(b"\n\n".join(texts), domain)
+    final = {paragraph for text in test.values() for paragraph in paragraphs(text)}
     return {
         domain: Split(
             train=b"\n\n".join(_without(text, secret) for text in train[domain]),
             held_out=b"\n\n".join(held_out[domain]),
+            development=_without(development[domain], final),
+            test=test[domain],
         )
         for domain in domains
     }
@@ -117,6 +131,22 @@ def _choose(documents: Mapping[str, bytes], limit: int) -> list[bytes]:
             seen.add(text)
             room -= len(text)
     return chosen
+
+
+def _divide(text: bytes, domain: str) -> tuple[bytes, bytes]:
+    """What of a text is for development and what for the test: stretches of it, drawn by a hash of their numbers."""
+    stretches: list[list[bytes]] = [[]]
+    for piece in text.split(b"\n\n"):
+        if sum(map(len, stretches[-1])) >= STRETCH:
+            stretches.append([])
+        stretches[-1].append(piece)
+    numbers = sorted(range(len(stretches)), key=lambda n: hashlib.sha256(f"{domain} {n}".encode()).digest())
+    chosen = set(numbers[: round(DEVELOPMENT * len(numbers))])
+    development, test = (
+        [b"\n\n".join(stretch) for number, stretch in enumerate(stretches) if (number in chosen) is wanted]
+        for wanted in (True, False)
+    )
+    return b"\n\n".join(development), b"\n\n".join(test)
 
 
 def _without(text: bytes, secret: set[bytes]) -> bytes:

@@ -7,6 +7,7 @@ from checks.mutation_list.mutation import in_file
 EVOLVE = ("tests/evolve/test_evolve.py",)
 SCHEDULES = ("tests/evolve/test_schedules.py",)
 SEARCH = ("tests/evolve/test_search.py",)
+COMMAND = ("tests/evolve/test_command.py",)
 FOLDER = "fastmerge/evolve/"
 
 MUTATIONS = [
@@ -17,6 +18,9 @@ MUTATIONS = [
         ("integers are the member's own", "source = leaves[node] if", "source = self._held[0] if"),
         ("models in memory are not changed", "if not self._own[member]:", "if False:"),
         ("a value is kept while it is needed", "if last[parent] == node and", "if True and"),
+        ("long chains are cut", "if len(order) > LONGEST and", "if False and"),
+        ("half of what is free is left", "members.nbytes <= free // 2", "members.nbytes <= free"),
+        ("models that are lent are not", "LONGEST and self._members.owned:", "LONGEST:"),
     ),
     *in_file(
         f"{FOLDER}recipes.py",
@@ -30,6 +34,9 @@ MUTATIONS = [
         EVOLVE,
         ("a tied head does not evolve beside its embedding", "            and name not in aliases\n", ""),
         ("all members have one dtype", "other.tensors[name].dtype != info.dtype", "False"),
+        ("elements are counted by name", "for name in sorted(self.evolved):", "for name in self.evolved:"),
+        ("ties follow names", "in sorted(set(source.tensors) - set(found))", "in sorted(source.tensors, reverse=True)"),
+        ("a digest is of the members' dtype", "raw_bytes(in_dtype(tensors[name], info))", "raw_bytes(tensors[name])"),
     ),
     *in_file(
         f"{FOLDER}live.py",
@@ -61,6 +68,22 @@ MUTATIONS = [
         ("a line must be what the run does there", "if any(record.get(key, _MISSING) != value for", "if any(False for"),
     ),
     *in_file(
+        f"{FOLDER}history.py",
+        EVOLVE,
+        ("a history is one run's", "        hold(self._file.fileno(), self.path.parent)\n", ""),
+    ),
+    *in_file(
+        f"{FOLDER}lock.py",
+        COMMAND,
+        ("who comes second is told", "if error.errno in _TAKEN:", "if False:"),
+    ),
+    *in_file(
+        f"{FOLDER}job.py",
+        COMMAND,
+        ("a directory is one run's", "    with Occupied(out):\n", "    if True:\n"),
+        ("what is written has the members' dtype", "evolved = isinstance(report, EvolveReport)", "evolved = False"),
+    ),
+    *in_file(
         f"{FOLDER}evaluator.py",
         EVOLVE,
         (
@@ -77,6 +100,7 @@ MUTATIONS = [
         ("Evolver's best is another one", "_best(scores, others)", "_best(scores, range(members))"),
         ("CADE's three are different", '"de", member, (c, a, b)', '"de", member, (a, a, b)'),
         ("current-to-best begins at x", "(member, best, member, *drawn)", "(drawn[0], best, member, *drawn)"),
+        ("without crossover no rate is learned", "trial.crossover if trial.forced else None", "trial.crossover"),
         ("current-to-rand crosses nothing over", "(pull, scale), 1.0, False", "(pull, scale), crossover, False"),
     ),
     *in_file(
@@ -99,6 +123,7 @@ MUTATIONS = [
         f"{FOLDER}coefficients.py",
         SEARCH,
         ("a failed point is the worst", "self.worst if score is None else score", "0.0 if score is None else score"),
+        ("before any score nothing is told", "self.worst = math.inf", "self.worst = 0.0"),
         ("both ends are checked first", "for end in (0.0, 1.0):", "for end in (0.0,):"),
         ("a range begins at its lowest", "axis.low + (axis.high - axis.low)", "(axis.high - axis.low)"),
     ),

@@ -234,7 +234,7 @@ class _Search:
         self.development, self.merged, self.model = development, merged, model
         self.history, self.progress = history, progress
         self.best: tuple[float, dict[str, Any]] | None = None
-        self.worst = 0.0
+        self.worst = math.inf
         self.evaluations = self.failures = self.resumed = 0
         self.scores: list[float | None] = []
 
@@ -270,17 +270,16 @@ class _Search:
         before, failed = self.resumed, self.failures
         for point in points[: self.most - self.evaluations]:
             found.append(self._score(_parameters(self.axes, self.fixed, point)))
-        complete = len(found) == len(points)
-        if complete:
-            # A sampler wants a number for each point: a failed one is as bad as the worst.
-            known = [score for score in found if score is not None]
-            self.worst = min([*known, self.worst]) if self.scores else min(known, default=0.0)
+        known = [score for score in found if score is not None]
+        self.worst = min([*known, self.worst])
+        # A sampler wants a number for each point: a failed one is as bad as the worst. Before there is any score no
+        # number would do: 0 may be better than all that come.
+        if len(found) == len(points) and math.isfinite(self.worst):
             self.sampler.tell(points, [self.worst if score is None else score for score in found])
         best = None if self.best is None else self.best[0]
         self.scores.append(best)
         self.history.flush()
         if self.progress is not None:
-            known = [score for score in found if score is not None]
             self.progress(
                 GenerationReport(
                     generation=len(self.scores),

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from fastmerge.engine.atomic import disk_error
 from fastmerge.errors import ArgumentError
+from fastmerge.evolve.lock import hold
 
 FILE = "history.jsonl"
 FORMAT = 1
@@ -24,7 +25,8 @@ class History:
     """A history in memory and, with a directory, in its file, `history.jsonl`.
 
     about: what the run is, plain values; a file must begin with the same. file: its name, if that is another one. A
-    last line that was cut off, and failures at the end, are dropped: what made them fail may be mended by now.
+    last line that was cut off, and failures at the end, are dropped: what made them fail may be mended by now. The file
+    is locked: it is one run's at a time.
     """
 
     def __init__(self, directory: Path | str | None, about: Mapping[str, Any], file: str = FILE) -> None:
@@ -41,18 +43,21 @@ class History:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open(head)
-        except OSError as error:
+        except BaseException as error:
             self.close()
-            raise disk_error(error, self.path, "Writing") from error
+            if isinstance(error, OSError):
+                raise disk_error(error, self.path, "Writing") from error
+            raise
 
     def _open(self, head: dict[str, Any]) -> None:
         assert self.path is not None
-        found, length = _read(self.path)
+        self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
+        hold(self._file.fileno(), self.path.parent)
+        found, length = _read(self._file, self.path)
         if found:
             _check_same(self.path, found[0], head)
             while found and found[-1].get("error"):
                 length -= len(_line(found.pop()))
-        self._file = self.path.open("r+b" if self.path.exists() else "w+b")
         self._file.truncate(length)
         self._file.seek(length)
         self.records = found
@@ -127,12 +132,9 @@ def _line(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(record, allow_nan=False) + "\n").encode()
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+def _read(file: IO[bytes], path: Path) -> tuple[list[dict[str, Any]], int]:
     """The complete lines of the file, and their length in bytes."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return [], 0
+    content = file.read()
     records = []
     length = content.rfind(b"\n") + 1
     for number, line in enumerate(content[:length].splitlines(), 1):

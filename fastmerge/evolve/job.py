@@ -11,13 +11,14 @@ from torch import Tensor
 
 from fastmerge.engine.checkpoint import open_checkpoint
 from fastmerge.engine.manifest import build_manifest, merge_digest, package_version
-from fastmerge.engine.sources import SAFETENSORS_NAMES
+from fastmerge.engine.sources import SAFETENSORS_NAMES, TORCH_DTYPES
 from fastmerge.engine.writer import ModelWriter, OutputTensor
 from fastmerge.errors import ConfigError
 from fastmerge.evolve import objects, picture
 from fastmerge.evolve.coefficients import SearchReport, search
 from fastmerge.evolve.config import SEARCHES, EvolveConfig
 from fastmerge.evolve.evolution import EvolveReport, evolve
+from fastmerge.evolve.lock import Occupied
 from fastmerge.evolve.members import raw_bytes
 from fastmerge.evolve.progress import GenerationReport
 from fastmerge.sizes import parse_size
@@ -45,18 +46,20 @@ def run(
 ) -> dict[str, Any]:
     """Search as a config says, in the directory `out`, which holds the history that a run goes on from.
 
+    The directory is this run's alone: ArgumentError where another one is at work in it.
     Returns what the report says as plain values, with `out`, `best` (the checkpoint's directory) and `notes`.
     """
-    with objects.importable(config.folder):
-        first = config.models[0]
-        score = objects.score(config.score, first)
-        final = None if config.final is None else objects.score(config.final, first)
-        report = _search(config, score, final, objects.live_model(config.model, first), out, backend, progress)
-    notes = []
-    undrawn = picture.draw(report.history, out / PICTURE)
-    if undrawn is not None:
-        notes.append(undrawn)
-    _write(config, report, out, shard_size, backend, name)
+    with Occupied(out):
+        with objects.importable(config.folder):
+            first = config.models[0]
+            score = objects.score(config.score, first)
+            final = None if config.final is None else objects.score(config.final, first)
+            report = _search(config, score, final, objects.live_model(config.model, first), out, backend, progress)
+        notes = []
+        undrawn = picture.draw(report.history, out / PICTURE)
+        if undrawn is not None:
+            notes.append(undrawn)
+        _write(config, report, out, shard_size, backend, name)
     return report.to_dict() | {"out": str(out), "best": str(out / BEST), "strategy": config.strategy, "notes": notes}
 
 
@@ -99,7 +102,16 @@ def _write(
     state: dict[str, Tensor] = report.state
     with open_checkpoint(config.models[0]) as opened:
         order = [each for each in opened.tensors if each in state]
-        outputs = [OutputTensor(each, SAFETENSORS_NAMES[state[each].dtype], tuple(state[each].shape)) for each in order]
+        # What a search among weights found has the members' dtypes, whatever dtype the module has that held it.
+        evolved = isinstance(report, EvolveReport)
+        outputs = [
+            OutputTensor(
+                each,
+                opened.tensors[each].dtype if evolved else SAFETENSORS_NAMES[state[each].dtype],
+                tuple(state[each].shape),
+            )
+            for each in order
+        ]
         inputs = [opened.identity()]
         for ref in config.models[1:]:
             with open_checkpoint(ref) as other:
@@ -115,7 +127,8 @@ def _write(
         with writer:
             for tensor in outputs:
                 if tensor.nbytes:
-                    writer.write(tensor.name, 0, raw_bytes(state[tensor.name]))
+                    values = state[tensor.name]
+                    writer.write(tensor.name, 0, raw_bytes(values.to(TORCH_DTYPES[tensor.dtype])))
             digest = merge_digest(outputs, writer.digests)
             writer.finish(
                 manifest=build_manifest(

@@ -57,8 +57,8 @@ class Members:
         return sum(self.tensors[0][name].numel() for name in self.evolved)
 
     def element(self, index: int) -> tuple[str, int]:
-        """The tensor and flat index of one of the elements that evolve."""
-        for name in self.evolved:
+        """The tensor and flat index of one of the elements that evolve, in the order of names: files have any."""
+        for name in sorted(self.evolved):
             numel = self.tensors[0][name].numel()
             if index < numel:
                 return name, index
@@ -114,10 +114,15 @@ def gather(models: Sequence[Model], exclude: str | Sequence[str] = ()) -> Member
 
 
 def digest_of(infos: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
-    """One digest of a model, as in a manifest, and that of each tensor."""
-    each = {name: blake3(raw_bytes(tensors[name])).hexdigest() for name in infos}
+    """One digest of a model, as in a manifest, and that of each tensor; of values in the dtype that infos say."""
+    each = {name: blake3(raw_bytes(in_dtype(tensors[name], info))).hexdigest() for name, info in infos.items()}
     outputs = [OutputTensor(name, info.dtype, info.shape) for name, info in infos.items()]
     return merge_digest(outputs, each), each
+
+
+def in_dtype(tensor: Tensor, info: TensorInfo) -> Tensor:
+    """A tensor in the members' dtype. A module may hold them in a wider one: nothing is lost on the way back."""
+    return tensor.detach().to(TORCH_DTYPES[info.dtype])
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -140,17 +145,19 @@ def _tensors(source: Checkpoint | StateDictSource) -> dict[str, Tensor]:
 
 def _aliases(source: Source) -> dict[str, str]:
     """Names whose tensor is another one's, each with that one."""
+    found = copies_of_embeddings(source)
     if not isinstance(source, StateDictSource):
-        return copies_of_embeddings(source)
-    found: dict[str, str] = {}
+        return found
     homes: dict[tuple[Any, ...], str] = {}
-    for name, info in source.tensors.items():
+    # By name, lest the masks follow the order of a dict; a head follows its embedding, as it does in files.
+    for name in sorted(set(source.tensors) - set(found)):
+        info = source.tensors[name]
         view = source.view(info)
         key = view.device, view.data_ptr(), info.shape, info.dtype
         if info.nbytes and key in homes and source.same(name, homes[key]):
             found[name] = homes[key]
         homes.setdefault(key, name)
-    return found
+    return {name: found.get(home, home) for name, home in found.items()}
 
 
 def _check_alike(first: Source, other: Source) -> None:

@@ -2,12 +2,16 @@
 
 By recipe, a member costs a few numbers, and its values are computed anew whenever they are needed, piece by piece.
 Materialised, each member's values are kept as well, which saves that. Both ways give the same bits.
+
+A chain of recipes grows with each trial that is accepted. Where the input models' memory is the run's own, all members
+are computed into it as soon as one would take more than LONGEST recipes; models that are lent stay as they are.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +21,9 @@ from fastmerge.evolve.recipes import Recipe, needed
 
 PIECE = 1 << 18
 """Elements of one tensor that go through a chain of recipes at a time."""
+
+LONGEST = 8
+"""Recipes from which a trial is made, at most, where the input models may be overwritten."""
 
 
 class Population:
@@ -50,8 +57,11 @@ class Population:
         member = target if isinstance(target, int) else target.member
         recipes = self.recipes if isinstance(target, int) else [*self.recipes, target]
         node = self.slots[member] if isinstance(target, int) else self._first + len(self.recipes)
-        leaves = dict(zip(self._at, self._held, strict=True)) if self.kept else dict(enumerate(self._held))
-        order = needed(recipes, self._first, [node], frozenset(leaves))
+        order = needed(recipes, self._first, [node], frozenset(self._at))
+        if len(order) > LONGEST and self._members.owned:
+            self._advance()
+            order = needed(recipes, self._first, [node], frozenset(self._at))
+        leaves = dict(zip(self._at, self._held, strict=True))
         evolved = frozenset(self._members.evolved)
         done: frozenset[str] = frozenset()
         if len(order) == 1:
@@ -141,7 +151,7 @@ class Population:
         return made
 
     def _advance(self) -> None:
-        """Bring the kept values of members to the nodes that they are at."""
+        """Bring the values that are held of members to the nodes that they are at."""
         stale = [member for member, node in enumerate(self.slots) if self._at[member] != node]
         if not stale:
             return
@@ -173,17 +183,26 @@ def _direct(out: Tensor, like: Tensor) -> bool:
     return out.is_contiguous() and out.dtype == like.dtype and out.device == like.device
 
 
-def fits_in_memory(members: Members, available: Callable[[], int | None]) -> bool:
-    """Whether members should be kept: they need no more memory than there is, or half of what is free."""
+def fits_in_memory(members: Members, available: Callable[[torch.device], int | None]) -> bool:
+    """Whether members should be kept: they need no more memory than there is, or half of what is free where they are.
+
+    available: the bytes that are free in a device's memory, None where that is not known.
+    """
     if members.owned:
         return True
-    free = available()
+    free = available(members.tensors[0][members.evolved[0]].device)
     return free is not None and len(members.tensors) * members.nbytes <= free // 2
 
 
-def free_memory() -> int | None:
-    """Bytes of memory that are free here, or None where the system does not say."""
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of the device's memory that are free, or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
+        # What files are cached in is as good as free.
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
+    except (AttributeError, IndexError, OSError, ValueError):
         return None

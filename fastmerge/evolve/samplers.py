@@ -20,7 +20,10 @@ class Sampler(Protocol):
         """A batch of points, each coordinate from 0 to 1."""
 
     def tell(self, points: list[list[float]], scores: list[float]) -> None:
-        """The scores of the batch, higher is better."""
+        """The scores of the batch, higher is better; a failed one has the worst score so far.
+
+        A batch is not told where no point of it, nor of those before it, has a score.
+        """
 
 
 SAMPLERS = ("cma", "optuna")

@@ -66,12 +66,13 @@ class Adaptation:
         while len(self._tallies) > self.window:
             self._tallies.popleft()
 
-    def learn(self, variant: int, crossover: float, success: bool) -> None:
-        """What became of a trial of the generation at hand."""
+    def learn(self, variant: int, crossover: float | None, success: bool) -> None:
+        """What became of a trial of the generation at hand. crossover: None where nothing is crossed over."""
         tally = self._tallies[-1]
         if success:
             tally.successes[variant] += 1
-            tally.crossovers[variant].append(crossover)
+            if crossover is not None:
+                tally.crossovers[variant].append(crossover)
         else:
             tally.failures[variant] += 1
 

@@ -198,7 +198,9 @@ class De:
 
     def learn(self, step: int, trial: Trial, success: bool) -> None:
         """Count the variant's successes, and note the crossover rates that led to them."""
-        self._adaptation.learn(list(self.variants).index(trial.variant), trial.crossover, success)
+        # One without crossover has no rate that anything could be learned of.
+        rate = trial.crossover if trial.forced else None
+        self._adaptation.learn(list(self.variants).index(trial.variant), rate, success)
 
 
 # -- CADE

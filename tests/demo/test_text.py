@@ -40,6 +40,19 @@ def test_no_held_out_paragraph_of_the_real_texts_is_trained_on(real):
     assert not all_paragraphs(real, "held_out") & all_paragraphs(real, "train")
 
 
+def test_what_searches_see_is_held_out_from_training_and_no_paragraph_of_it_is_scored(real, domains):
+    shared = LICENCE + b"\n\nA chapter that several documents of this domain repeat."
+    domains["english"] = {name: shared + text[len(LICENCE) :] for name, text in domains["english"].items()}
+    for splits in (real, text.split(domains)):
+        development, test = all_paragraphs(splits, "development"), all_paragraphs(splits, "test")
+        assert development and test and not development & test
+        assert development | test <= all_paragraphs(splits, "held_out")
+        assert not (development | test) & all_paragraphs(splits, "train")
+    for split in real.values():
+        # A stretch that is longer than the others, such as a table, may be in either.
+        assert 0.25 < len(split.development) / len(split.held_out) < 0.5 and len(split.test) > 15_000
+
+
 def test_a_tenth_of_every_real_domain_is_held_out(real):
     assert sorted(real) == sorted(text.DOMAINS)
     for split in real.values():

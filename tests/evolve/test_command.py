@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastmerge import cli
 from fastmerge.errors import ConfigError, FastmergeError
 from fastmerge.evolve import config as configs
-from fastmerge.evolve import evolve, objects
+from fastmerge.evolve import evolve, job, objects
+from fastmerge.evolve.lock import Occupied
 from tests.cli.support import command, process_environment, save_model
 
 SHAPES = {"model.embed_tokens.weight": (8, 4), "model.norm.weight": (4,)}
@@ -43,6 +46,21 @@ def test(model):
     print("noise")
     return 2 * _norm(model)
 """
+WIDE = """\
+import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.embed_tokens, self.model.norm = torch.nn.Embedding(8, 4), torch.nn.LayerNorm(4, bias=False)
+def net(path):
+    return Net()
+def development(net):
+    assert net.model.norm.weight.dtype == torch.float32
+    return -float(sum((x.detach().double() ** 2).sum() for x in net.parameters()))
+def test(net):
+    return 0.0
+"""
 
 
 @pytest.fixture
@@ -68,6 +86,14 @@ def run(place: Path, *arguments: object, **variables: str) -> subprocess.Complet
 
 def norm(model: dict[str, torch.Tensor]) -> float:
     return -float(sum((x.double() ** 2).sum() for x in model.values()))
+
+
+@pytest.fixture
+def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The place as this process's own directory; what its config imports is forgotten afterwards."""
+    monkeypatch.chdir(place)
+    yield place
+    sys.modules.pop("judge", None)
 
 
 def test_a_search_that_ctrl_c_stopped_goes_on_to_the_same_model(place: Path) -> None:
@@ -99,8 +125,32 @@ def test_a_search_that_ctrl_c_stopped_goes_on_to_the_same_model(place: Path) -> 
     assert [line.partition(":")[0] for line in told[:4]] == [f"generation {g} of 3" for g in range(4)]
     assert "evaluations  16, 6 of them from the history" in result.stdout and expected.digest in result.stdout
 
-    again = run(place, "evolve.yml", "out", "--json")
-    assert again.returncode == 2 and "is finished" in json.loads(again.stdout)["error"]
+
+def test_a_directory_is_one_runs_alone_and_done_with_when_its_model_is_there(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*options: str) -> tuple[int, str]:
+        code = cli.run(["evolve", "evolve.yml", "out", *options])
+        return code, json.loads(capsys.readouterr().out)["error"] if "--json" in options else ""
+
+    with Occupied(here / "out"):
+        assert said("--json") == (
+            2, "Another run is at work in out: wait until it has ended, or choose another directory.",
+        )  # fmt: skip
+    assert not (here / "out").exists()  # nothing was written
+    assert said("--quiet") == (0, "") and (here / "out/best/model.safetensors").exists()
+    code, sentence = said("--json")
+    assert code == 2 and "is finished" in sentence
+
+
+def test_a_module_of_another_dtype_does_not_show_in_the_files(here: Path) -> None:
+    """The model that is scored may be wider than the members; what is written is as they are."""
+    (here / "judge.py").write_text(WIDE)
+    (here / "evolve.yml").write_text(CONFIG + "model: judge:net\n")
+    report = job.run(configs.load(here / "evolve.yml"), here / "out")
+    written = load_file(here / "out/best/model.safetensors")
+    assert {x.dtype for x in written.values()} == {torch.bfloat16} and norm(written) == report["score"]
+    assert json.loads((here / "out/best/manifest.json").read_text())["digest"] == report["digest"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +24,8 @@ from fastmerge import merge
 from fastmerge.errors import ArgumentError, CheckpointError, EvaluationError, FastmergeError
 from fastmerge.evolve import Cade, De, DevelopmentScore, Evolver, FinalScore, evolve, population
 from fastmerge.evolve.members import gather
+from fastmerge.evolve.population import Population
+from tests.cli.support import process_environment
 from tests.evolve.problems import PROBLEMS, as_model, points, score_of
 from tests.numeric import assert_bitwise_equal
 
@@ -118,12 +126,12 @@ def test_a_history_can_be_worked_out_by_hand() -> None:
 def _masked(x: Tensor, mixed: Tensor, record: dict[str, Any]) -> Tensor:
     """Where the mask is on, mixed: the mask by the documented key of each element."""
     from fastmerge.ops import tensor_id
-    from fastmerge.reference import random
+    from fastmerge.reference import random as streams
 
     parts, start = [], 0
     for name, numel in (("body.weight", 6), ("head.bias", 6)):
-        stream = random.stream_id(random.DE_TRIAL, record["member"], record["generation"])
-        words = random.words(0, numel, seed=11, tensor_id=tensor_id(name), stream=stream)
+        stream = streams.stream_id(streams.DE_TRIAL, record["member"], record["generation"])
+        words = streams.words(0, numel, seed=11, tensor_id=tensor_id(name), stream=stream)
         mask = words < int(record["CR"] * 2**32)
         if record["forced"] is not None and record["forced"][0] == name:
             mask[record["forced"][1]] = True
@@ -296,6 +304,38 @@ def test_tensors_longer_than_a_piece_go_through_a_chain_of_recipes() -> None:
     assert sum(record.get("accepted", 0) for record in one.history) >= 4
 
 
+def test_neither_the_order_of_names_nor_who_holds_the_trial_shows() -> None:
+    """The element that changes in any case, and whose masks tied tensors have, follow names; digests follow members."""
+    generator = torch.Generator().manual_seed(3)
+    models: list[State] = []
+    for _ in range(4):
+        embedding = torch.randn(3, 5, generator=generator).bfloat16()
+        body = torch.randn(7, generator=generator).bfloat16()
+        models.append({"embed_tokens.weight": embedding, "lm_head.weight": embedding, "body": body, "zip": body})
+    backwards = [dict(reversed(model.items())) for model in models]
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed_tokens, self.lm_head = torch.nn.Embedding(3, 5), torch.nn.Linear(5, 3, bias=False)
+            self.lm_head.weight = self.embed_tokens.weight
+            self.body = self.zip = torch.nn.Parameter(torch.empty(7))
+
+    def score(model: Any) -> float:
+        state = model if isinstance(model, dict) else model.state_dict()
+        return -float(state["lm_head.weight"].double().square().sum() + state["body"].double().square().sum())
+
+    assert gather(models).aliases == gather(backwards).aliases == {
+        "lm_head.weight": "embed_tokens.weight", "zip": "body"
+    }  # fmt: skip
+    options: dict[str, Any] = {"strategy": "cade", "generations": 4, "CR": 0.05}
+    one, other, held = evolve(models, score, **options), evolve(backwards, score, **options), Net()
+    assert one.history == other.history and one.digest == other.digest
+    assert sum(each.get("accepted", 0) for each in one.history) >= 3
+    widened = evolve(models, score, model=held, **options)
+    assert widened.state["body"].dtype == torch.float32 and widened.digest == one.digest
+
+
 # -- mergers
 
 
@@ -463,6 +503,42 @@ def test_killed_anywhere_and_resumed_the_history_and_the_bits_are_the_same(tmp_p
     same(report.state, whole.state)
 
 
+SLOW = """\
+import sys, time
+from fastmerge.evolve import evolve
+from tests.evolve.problems import as_model, points, score_of
+def score(model):
+    global calls
+    calls += 1
+    time.sleep(0.002 if calls < 100 else 0.2)
+    return score_of("sphere")(model)
+calls = 0
+models = [as_model(point) for point in points("sphere", 6, 12, 0)]
+evolve(models, score, strategy="cade", generations=40, state=sys.argv[1])
+"""
+
+
+def test_killed_by_the_system_at_any_point_a_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"strategy": "cade", "generations": 40}
+    whole = evolve(family(), SPHERE, state=tmp_path / "whole", **options)
+    expected = (tmp_path / "whole" / "history.jsonl").read_bytes()
+    # Not before the run has begun, and then after so many bytes, wherever in an evaluation that is.
+    enough = random.Random(20).randrange(1000, len(expected) // 3)
+    torn = tmp_path / "killed" / "history.jsonl"
+    with subprocess.Popen([sys.executable, "-c", SLOW, str(torn.parent)], env=process_environment()) as process:
+        while process.poll() is None and not (torn.exists() and torn.stat().st_size >= enough):
+            time.sleep(0.001)
+        if torn.exists() and process.poll() is None:
+            with pytest.raises(ArgumentError, match="Another run is at work in .*killed: wait until it has ended"):
+                evolve(family(), never, state=torn.parent, **options)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and enough <= torn.stat().st_size < len(expected)
+    assert expected.startswith(torn.read_bytes())
+    report = evolve(family(), SPHERE, state=torn.parent, **options)
+    assert 0 < report.resumed < report.evaluations and report.digest == whole.digest
+    assert torn.read_bytes() == expected
+
+
 def test_a_history_of_another_run_is_refused(tmp_path: Path) -> None:
     evolve(family(), SPHERE, generations=1, state=tmp_path)
     for options, key in (
@@ -560,3 +636,41 @@ def test_members_of_checkpoints_may_use_the_memory_that_they_were_read_into(tmp_
     assert report.digest == again.digest
     with pytest.raises(CheckpointError):
         evolve([tmp_path / "0", {"x": torch.zeros(2)}], never)
+
+
+def test_members_are_kept_where_half_of_what_is_free_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the members are: a GPU's memory is no matter of the host's."""
+    members = gather(family(4))
+    assert members.nbytes == 12 * 4 + 8
+    for free, kept in ((2 * 4 * 56, True), (2 * 4 * 56 - 1, False), (None, False)):
+        assert population.fits_in_memory(members, lambda device, free=free: free) is kept
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 + device.index, 1000))
+    assert population.free_memory(torch.device("cuda", 2)) == 7
+    here = population.free_memory(torch.device("cpu"))
+    assert here is not None and 1 << 20 < here < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_chains_of_recipes_are_cut_where_the_memory_is_the_runs_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(population, "LONGEST", 3)
+    made: list[int] = []
+    compute = Population._compute
+
+    def watched(self: Population, name: str, recipes: Any, order: Any, *rest: Any) -> None:
+        made.append(len(order))
+        compute(self, name, recipes, order, *rest)
+
+    monkeypatch.setattr(Population, "_compute", watched)
+    models = family(4)
+    for number, model in enumerate(models):
+        save_file(model, tmp_path / f"{number}.safetensors")
+    options: dict[str, Any] = {"strategy": "cade", "generations": 6, "members": "recipes"}
+    lent = evolve(models, SPHERE, **options)
+    longest = max(made)
+    made.clear()
+    read = evolve([tmp_path / f"{number}.safetensors" for number in range(4)], SPHERE, **options)
+    assert (lent.held, read.held) == ("recipes", "recipes") and read.digest == lent.digest
+    assert longest > 5 and max(made) == 3

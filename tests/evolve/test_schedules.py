@@ -97,6 +97,16 @@ def test_de_draws_variants_f_and_cr_as_it_promises() -> None:
     )
 
 
+def test_without_crossover_no_rate_is_learned() -> None:
+    de = De(window=1)
+    for step in range(3):
+        for seed in range(60):
+            trial = de.trial(2, 8, step, 9, [float(i) for i in range(8)], Draws(seed, step, 2))
+            de.learn(step, trial, True)
+    crossed, uncrossed = de._adaptation.crossover_means[:3], de._adaptation.crossover_means[3]
+    assert uncrossed == 0.1 and 0.1 not in crossed and max(crossed) <= 0.2
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_mixes_whom_it_says(variant: str) -> None:
     members, seen = VARIANTS[variant], set()
