@@ -5,34 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastmerge.cli_run import guarded, import_quietly
+
 if TYPE_CHECKING:
     from fastmerge.evolve.config import EvolveConfig
 
-_guard: Callable[[Callable[[], None], bool], int]
-_import: Callable[[], contextlib.AbstractContextManager[None]]
-
 RESUMES = "the history is kept, and the same command goes on from there"
-
-
-def add_to(
-    root: typer.Typer,
-    guard: Callable[[Callable[[], None], bool], int],
-    importing: Callable[[], contextlib.AbstractContextManager[None]],
-) -> None:
-    """Make this command a part of the command line.
-
-    guard: runs a command's work and says how it ended. importing: within it, torch is imported.
-    """
-    global _guard, _import
-    _guard, _import = guard, importing
-    root.command()(evolve)
 
 
 def evolve(
@@ -52,7 +36,7 @@ def evolve(
             settings = replace(settings, seed=seed)
         # A library that prints to standard output must not spoil the JSON.
         with contextlib.redirect_stdout(sys.stderr):
-            with _import():
+            with import_quietly():
                 from fastmerge.evolve import job
 
             def tell(generation: Any) -> None:
@@ -69,7 +53,7 @@ def evolve(
         elif not quiet:
             print("\n".join(_lines(report)))
 
-    return _guard(work, as_json)
+    return guarded(work, as_json)
 
 
 def _check_early(config: Path, out: Path, shard_size: str) -> EvolveConfig:

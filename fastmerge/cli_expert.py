@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fastmerge.cli_run import guarded, import_quietly
+
 app = typer.Typer(
     name="expert",
     help="Light experts (FREE-Merging): extract, apply, remove, info.",
@@ -18,28 +20,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_guard: Callable[[Callable[[], None], bool], int]
-_import: Callable[[], contextlib.AbstractContextManager[None]]
-
 Output = Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Directory to make; it may exist if empty.")]
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes per output file.")]
 Backend = Annotated[str, typer.Option(metavar="NAME", help="Kernels to use; see `fastmerge env`.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
-
-def add_to(
-    root: typer.Typer,
-    guard: Callable[[Callable[[], None], bool], int],
-    importing: Callable[[], contextlib.AbstractContextManager[None]],
-) -> None:
-    """Make these commands a part of the command line.
-
-    guard: runs a command's work and says how it ended. importing: within it, torch is imported.
-    """
-    global _guard, _import
-    _guard, _import = guard, importing
-    root.add_typer(app)
 
 
 @app.command()
@@ -165,7 +150,7 @@ def _run(
         early()
         # A library that prints to standard output must not spoil the JSON.
         with contextlib.redirect_stdout(sys.stderr):
-            with _import():
+            with import_quietly():
                 from fastmerge import experts  # noqa: F401 - imported here, without the collector
 
             from fastmerge.engine.report import Progress
@@ -177,7 +162,7 @@ def _run(
         elif not quiet:
             print("\n".join(tell(report)))
 
-    return _guard(all_of_it, as_json)
+    return guarded(all_of_it, as_json)
 
 
 def _extracted(report: dict[str, Any]) -> list[str]:

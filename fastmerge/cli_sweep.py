@@ -5,34 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastmerge.cli_run import guarded, import_quietly
+
 if TYPE_CHECKING:
     from fastmerge.sweep.config import SweepConfig
 
-_guard: Callable[[Callable[[], None], bool], int]
-_import: Callable[[], contextlib.AbstractContextManager[None]]
-
 LEFT = "the results are kept, and the same command goes on from there"
-
-
-def add_to(
-    root: typer.Typer,
-    guard: Callable[[Callable[[], None], bool], int],
-    importing: Callable[[], contextlib.AbstractContextManager[None]],
-) -> None:
-    """Make this command a part of the command line.
-
-    guard: runs a command's work and says how it ended. importing: within it, torch is imported.
-    """
-    global _guard, _import
-    _guard, _import = guard, importing
-    root.command()(sweep)
 
 
 def sweep(
@@ -63,7 +47,7 @@ def sweep(
         _check_finished(out, best_too)
         # A library that prints to standard output must not spoil the JSON.
         with contextlib.redirect_stdout(sys.stderr):
-            with _import():
+            with import_quietly():
                 from fastmerge.sweep import job
 
             prepared = job.Sweep(settings, numerics=numerics, backend=backend)
@@ -85,7 +69,7 @@ def sweep(
         elif not quiet:
             _print(report)
 
-    return _guard(work, as_json)
+    return guarded(work, as_json)
 
 
 def _check_early(config: Path, out: Path, shard_size: str) -> SweepConfig:

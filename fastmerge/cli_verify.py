@@ -6,11 +6,12 @@ import contextlib
 import enum
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from fastmerge.cli_run import guarded, import_quietly
 
 if TYPE_CHECKING:
     from fastmerge.integrations.mergekit.verify import Report, Row
@@ -21,29 +22,12 @@ DIFFERS = 1
 _WIDTH = 180
 """Columns of the table where it is not for a terminal."""
 
-_guard: Callable[[Callable[[], None], bool], int]
-_import: Callable[[], contextlib.AbstractContextManager[None]]
-
 
 class Numerics(str, enum.Enum):
     """How intermediate results are rounded."""
 
     fp32 = "fp32"
     mergekit = "mergekit"
-
-
-def add_to(
-    root: typer.Typer,
-    guard: Callable[[Callable[[], None], bool], int],
-    importing: Callable[[], contextlib.AbstractContextManager[None]],
-) -> None:
-    """Make this command a part of the command line.
-
-    guard: runs a command's work and says how it ended. importing: within it, torch is imported.
-    """
-    global _guard, _import
-    _guard, _import = guard, importing
-    root.command()(verify)
 
 
 def verify(
@@ -77,7 +61,7 @@ def verify(
             _check_file(json_file.expanduser())
         # A library that prints to standard output must not spoil what is printed here.
         with contextlib.redirect_stdout(sys.stderr):
-            with _import():
+            with import_quietly():
                 from fastmerge.integrations.mergekit.verify import verify as compare
             report = compare(
                 config,
@@ -94,7 +78,7 @@ def verify(
             _tell(report)
         wrong.extend(report.wrong)
 
-    return _guard(work, False) or (DIFFERS if wrong else 0)
+    return guarded(work, False) or (DIFFERS if wrong else 0)
 
 
 def _check_file(path: Path) -> None:

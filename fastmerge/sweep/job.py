@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from fastmerge import methods
@@ -67,7 +68,7 @@ class Sweep:
             "models": self.merges.refs,
             "bytes_read": self.merges.input_bytes,
             "memory": memory,
-            "memory_free": free_memory(),
+            "memory_free": free_memory(torch.device("cpu")),
             "notes": self.merges.notes,
         }
 

@@ -297,8 +297,8 @@ def test_an_ignored_interrupt_stays_ignored(family: Path) -> None:
     code = "import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); subprocess.run(sys.argv[1:])"
     inner = """
 import os
-from fastmerge import cli
-with cli._signals_as_exceptions():
+from fastmerge.cli_run import signals_as_exceptions
+with signals_as_exceptions():
     os.kill(os.getpid(), 2)
     print("alive")
 """
