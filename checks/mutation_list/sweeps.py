@@ -50,7 +50,6 @@ MUTATIONS = [
             "return self.sparsify, parameters.density, *more,",
             "return self.sparsify, *more,",
         ),
-        ("and from the rule", "return self.sparsify, parameters.density, *more,", "return parameters.density, *more,"),
         ("and from the outliers", '("gamma", "epsilon", "scope")]', '("epsilon", "scope")]'),
         ("and from the spread of chances", '("gamma", "epsilon", "scope")]', '("gamma", "scope")]'),
     ),

@@ -123,6 +123,30 @@ def test_methods_side_by_side() -> None:
         assert_same(merged, fastmerge.merge(TUNED[:1], **common, **{"weight": 0.7} | candidate))
 
 
+@pytest.mark.parametrize(
+    ("method", "common", "name", "values"),
+    [
+        ("ties", {"density": 0.4, "rescale": True}, "scope", ("tensor", "model")),
+        ("breadcrumbs", {"density": 0.4, "rescale": True}, "gamma", (0.02, 0.3)),
+        ("dare_ties", {}, "density", (0.3, 0.6)),
+        ("della", {"density": 0.5}, "epsilon", (0.05, 0.4)),
+        ("ramplus_tl", {"r": 0.5, "alpha": 1.5}, "epsilon", (0.0, 3e-4)),
+        ("pcb", {"scope": "tensor"}, "density", (0.1, 0.4)),
+        ("pcb", {"scope": "tensor", "density": 0.2}, "variant", ("nlp", "paper")),
+    ],
+)
+def test_what_a_state_follows_from(method: str, common: dict[str, Any], name: str, values: tuple[Any, ...]) -> None:
+    """One value apart, and the results differ: whoever shared more than may be would be seen."""
+    if "weight" in methods.parameters(method):
+        common = {"weight": 1.0, **common}
+    candidates = [{name: value} for value in values]
+    results = fastmerge.merge_many(TUNED, candidates, base=BASE, method=method, **common)
+    alone = [fastmerge.merge(TUNED, base=BASE, method=method, **common, **one) for one in candidates]
+    for expected, (_, merged) in zip(alone, results, strict=True):
+        assert_same(merged, expected)
+    assert any(not torch.equal(alone[0][key], alone[1][key]) for key in alone[0])
+
+
 def test_other_inputs_share_nothing() -> None:
     """Of models in another order, or of one alone, what is known of a tensor is something else."""
     sources = [StateDictSource(f"models[{index}]", one) for index, one in enumerate(TUNED)]
