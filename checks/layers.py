@@ -1,8 +1,8 @@
 """Who may know whom: every import and every #include stays within its layer or goes down.
 
-Python: backends <- ops <- methods <- engine <- merging <- evolve <- everything else. ``reference`` knows only torch and
-is known only to backends, as are the compiled modules and the kernels in Triton, which know only Triton. Nothing below
-the engine knows a file. Only ``integrations``, above them all, knows the tools that it plugs into.
+Python: backends <- ops <- methods <- engine <- merging <- evolve <- sweep <- everything else. ``reference`` knows only
+torch and is known only to backends, as are the compiled modules and the kernels in Triton, which know only Triton.
+Nothing below the engine knows a file. Only ``integrations``, above them all, knows the tools that it plugs into.
 C++: include <- cpu, cuda <- bindings; the Torch and Python headers appear in bindings only, CUDA's in
 cuda/device.h only, which the tests replace by an emulator.
 """
@@ -17,7 +17,7 @@ from checks import ROOT
 
 PACKAGE = "fastmerge"
 # Lowest first. A module of the package that is not named here (cli, merging, integrations, ...) is above them all.
-LAYERS = ("reference", "backends", "ops", "methods", "engine", "merging", "evolve")
+LAYERS = ("reference", "backends", "ops", "methods", "engine", "merging", "evolve", "sweep")
 # Known to every layer but reference; they know only one another.
 COMMON = ("errors", "sizes", "_dtypes")
 TOP = len(LAYERS)

@@ -19,6 +19,7 @@ from checks.mutation_list import (
     select,
     shared,
     sparsify,
+    sweeps,
     verify,
 )
 from checks.mutation_list.mutation import Mutation
@@ -27,7 +28,7 @@ __all__ = ["MUTATIONS", "Mutation"]
 
 _FAMILIES = (
     *(shared, select, sparsify, consensus, pcb, expert, geometry, highpass, importance, evolve),
-    *(mergekit, verify, searches),
+    *(mergekit, verify, searches, sweeps),
 )
 
 MUTATIONS = [mutation for family in _FAMILIES for mutation in family.MUTATIONS]

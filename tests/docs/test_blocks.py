@@ -2,7 +2,7 @@
 
 The blocks of a page run in order in one directory with tiny models, its Python blocks in one namespace. Output on the
 page is compared, `...` standing for anything. YAML that begins with its file's name (`# ties.yml`) is saved under that
-name and planned, or as `evolve*.yml` read as the config of a search; YAML without is a fragment.
+name and planned, or as `evolve*.yml` or `sweep*.yml` read as what it is the config of; YAML without is a fragment.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pytest
 
 import fastmerge
 from fastmerge.evolve import config as evolve_config
+from fastmerge.sweep import config as sweep_config
 from tests.docs.pages import PAGES, RUN, SHOWN, TOOLS, Block, blocks
 
 COMPARED = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -41,6 +42,9 @@ def save_and_plan(block: Block, workplace: Path) -> None:
     path.write_text(block.text)
     if path.name.startswith("evolve"):
         assert evolve_config.load(path).models, block.where
+        return
+    if path.name.startswith("sweep"):
+        assert sweep_config.load(path).candidates, block.where
         return
     plan = fastmerge.plan_checkpoints(path)
     assert plan.bytes_written > 0, block.where

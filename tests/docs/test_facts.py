@@ -15,6 +15,7 @@ from fastmerge.engine import config as config_module
 from fastmerge.evolve import config as evolve_config
 from fastmerge.evolve import strategies
 from fastmerge.reference import random
+from fastmerge.sweep import config as sweep_config
 from tests.docs.pages import PAGES, ROOT, RUN, blocks, prose
 
 DOCS = ROOT / "docs"
@@ -107,6 +108,11 @@ def test_every_key_of_a_searchs_config_is_documented() -> None:
     assert set(strategies.STRATEGIES) == set(evolve_config.STRATEGIES)
 
 
+def test_every_key_of_a_sweeps_config_is_documented() -> None:
+    page = text("sweep.md")
+    assert [key for key in sweep_config.KEYS if f"`{key}`" not in page] == []
+
+
 def test_every_environment_variable_is_documented() -> None:
     sources = [*(ROOT / "fastmerge").rglob("*.py"), ROOT / "setup.py"]
     named = {found for path in sources for found in re.findall(r'"(FASTMERGE_[A-Z]+)"', path.read_text())}
@@ -143,6 +149,7 @@ def test_every_page_about_an_interface_shows_it_at_work() -> None:
         "methods.md",
         "numbers.md",
         "ops.md",
+        "sweep.md",
     ):
         assert any(one.language in RUN for one in blocks(DOCS / name)), name
 

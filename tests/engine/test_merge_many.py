@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 
 import fastmerge
 from fastmerge import methods, ops
+from fastmerge.engine.executor import DictSink, execute
+from fastmerge.engine.plan import Plan, make_plan
+from fastmerge.engine.shared import Shared
+from fastmerge.engine.sources import StateDictSource
 from fastmerge.errors import ArgumentError, ArgumentTypeError, MergeError
+from fastmerge.merging import _fixed_parameters
 from tests.engine.small_family import Tensors, family, knows_base, taken
 from tests.engine.test_same_bits import follows_peer
 from tests.numeric import assert_bitwise_equal
@@ -105,6 +110,8 @@ def test_methods_side_by_side() -> None:
     """The base is one model more to linear, and nearswap takes a model alone, so their inputs are not those of ties."""
     candidates = [
         {"density": 0.4, "method": "ties"},
+        {"density": 0.2, "method": "ties"},
+        {"density": 0.7, "method": "ties"},
         {"method": "linear"},
         {"method": "linear", "weight": [1.0, 2.0]},
         {"density": 0.4, "rescale": True, "method": "ties", "lambda": 0.5},
@@ -114,6 +121,49 @@ def test_methods_side_by_side() -> None:
     common: dict[str, Any] = {"base": BASE, "seed": 3, "exclude": "norm"}
     for candidate, merged in fastmerge.merge_many(TUNED[:1], candidates, weight=0.7, **common):
         assert_same(merged, fastmerge.merge(TUNED[:1], **common, **{"weight": 0.7} | candidate))
+
+
+@pytest.mark.parametrize(
+    ("method", "common", "name", "values"),
+    [
+        ("ties", {"density": 0.4, "rescale": True}, "scope", ("tensor", "model")),
+        ("breadcrumbs", {"density": 0.4, "rescale": True}, "gamma", (0.02, 0.3)),
+        ("dare_ties", {}, "density", (0.3, 0.6)),
+        ("della", {"density": 0.5}, "epsilon", (0.05, 0.4)),
+        ("ramplus_tl", {"r": 0.5, "alpha": 1.5}, "epsilon", (0.0, 3e-4)),
+        ("pcb", {"scope": "tensor"}, "density", (0.1, 0.4)),
+        ("pcb", {"scope": "tensor", "density": 0.2}, "variant", ("nlp", "paper")),
+    ],
+)
+def test_what_a_state_follows_from(method: str, common: dict[str, Any], name: str, values: tuple[Any, ...]) -> None:
+    """One value apart, and the results differ: whoever shared more than may be would be seen."""
+    if "weight" in methods.parameters(method):
+        common = {"weight": 1.0, **common}
+    candidates = [{name: value} for value in values]
+    results = fastmerge.merge_many(TUNED, candidates, base=BASE, method=method, **common)
+    alone = [fastmerge.merge(TUNED, base=BASE, method=method, **common, **one) for one in candidates]
+    for expected, (_, merged) in zip(alone, results, strict=True):
+        assert_same(merged, expected)
+    assert any(not torch.equal(alone[0][key], alone[1][key]) for key in alone[0])
+
+
+def test_other_inputs_share_nothing() -> None:
+    """Of models in another order, or of one alone, what is known of a tensor is something else."""
+    sources = [StateDictSource(f"models[{index}]", one) for index, one in enumerate(TUNED)]
+    based, ties = StateDictSource("base", BASE), methods.get("ties")
+    chosen = [[0, 1], [1, 0], [2, 1], [0, 1]]
+
+    def planned(numbers: list[int]) -> Plan:
+        found = [sources[number] for number in numbers]
+        parameters = _fixed_parameters(ties, {"weight": 1.0, "density": 0.4}, len(found))
+        return make_plan(ties, based, found, parameters, budget=1 << 62)
+
+    plans = [planned(numbers) for numbers in chosen]
+    shared = Shared(plans)
+    for numbers, plan in zip(chosen, plans, strict=True):
+        sink = DictSink(plan)
+        execute(plan, sink, shared=shared)
+        assert_same(sink.tensors, fastmerge.merge([TUNED[n] for n in numbers], base=BASE, weight=1.0, density=0.4))
 
 
 def test_what_is_shared_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:

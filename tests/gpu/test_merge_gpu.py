@@ -162,6 +162,28 @@ def test_state_dicts(case: str, where: str, device: str, models: tuple[Tensors, 
 
 
 @each_device
+@pytest.mark.parametrize("where", ["there", "mixed"])
+def test_many_merges_of_state_dicts(where: str, device: str, models: tuple[Tensors, list[Tensors]]) -> None:
+    base, tuned = models
+    candidates = [
+        {"density": 0.3, "lambda": 0.5},
+        {"density": [0.3, 0.6, 0.3], "rescale": True},
+        {"density": 0.3, "rescale": True, "method": "breadcrumbs", "gamma": 0.1},
+        {"density": 0.6, "scope": "model"},
+        {"density": 0.6, "scope": "model", "weight": 0.2},
+    ]
+    expected = [fastmerge.merge(tuned, base=base, **{"weight": 1.0} | one) for one in candidates]
+    there = [to(device, one) for one in tuned] if where == "there" else tuned
+    with place(device) as target:
+        more = {"device": target, "gpu_memory": "2MiB"} if where != "there" else {}
+        results = fastmerge.merge_many(there, candidates, base=to(device, base), weight=1.0, reuse=True, **more)
+        for one, (_, found) in zip(expected, results, strict=True):
+            for name, tensor in one.items():
+                assert found[name].device.type == device
+                assert_bitwise_equal(found[name].cpu(), tensor)
+
+
+@each_device
 @pytest.mark.parametrize("policy", ["zero", "error"])
 def test_nan_in_state_dicts_on_the_device(policy: str, device: str) -> None:
     base, tuned = family(2, torch.float32, SHAPES)
