@@ -19,7 +19,7 @@ from torch import Tensor
 from fastmerge.evolve.members import Members
 from fastmerge.evolve.recipes import Recipe, needed
 
-PIECE = 1 << 18
+PIECE = 1 << 20
 """Elements of one tensor that go through a chain of recipes at a time."""
 
 LONGEST = 8

@@ -153,6 +153,18 @@ def test_a_module_of_another_dtype_does_not_show_in_the_files(here: Path) -> Non
     assert json.loads((here / "out/best/manifest.json").read_text())["digest"] == report["digest"]
 
 
+def test_coefficients_are_searched_from_a_config_too(here: Path) -> None:
+    (here / "evolve.yml").write_text(
+        "models: [two, three]\nbase_model: one\nstrategy: cma\nmerge_method: task_arithmetic\nevaluations: 5\n"
+        "parameters: {weight: 0.5}\nspace: {lambda: [0.1, 0.9]}\nscore: judge:development\n"
+    )
+    report = job.run(configs.load(here / "evolve.yml"), here / "out")
+    assert report["evaluations"] == 5 and 0.1 <= report["parameters"]["lambda_"] <= 0.9
+    written = load_file(here / "out/best/model.safetensors")
+    assert norm(written) == report["score"]
+    assert json.loads((here / "out/best/manifest.json").read_text())["digest"] == report["digest"]
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
