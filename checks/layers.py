@@ -17,7 +17,18 @@ from checks import ROOT
 
 PACKAGE = "fastmerge"
 # Lowest first. A module of the package that is not named here (cli, merging, integrations, ...) is above them all.
-LAYERS = ("reference", "backends", "ops", "methods", "engine", "merging", "evolve", "sweep")
+LAYERS = (
+    "reference",
+    "backends",
+    "ops",
+    "methods",
+    "engine",
+    "merging_arguments",
+    "merging_in_memory",
+    "merging",
+    "evolve",
+    "sweep",
+)
 # Known to every layer but reference; they know only one another.
 COMMON = ("errors", "sizes", "_dtypes")
 TOP = len(LAYERS)

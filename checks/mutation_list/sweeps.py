@@ -84,7 +84,7 @@ MUTATIONS = [
         ("memory is used again", "old = None if again is None else again.get(job.name)", "old = None"),
     ),
     *in_file(
-        "fastmerge/merging.py",
+        "fastmerge/merging_in_memory.py",
         MANY,
         ("memory is used again where that is asked for", "        if self._reuse:\n", "        if True:\n"),
         (

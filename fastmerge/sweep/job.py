@@ -20,9 +20,10 @@ from fastmerge.evolve import live, objects
 from fastmerge.evolve.evaluator import both
 from fastmerge.evolve.history import History
 from fastmerge.evolve.population import free_memory
-from fastmerge.merging import CandidateMerges, merge_checkpoints
+from fastmerge.merging import merge_checkpoints
 from fastmerge.sizes import format_size
 from fastmerge.sweep import picture
+from fastmerge.sweep.candidates import CandidateMerges
 from fastmerge.sweep.config import KEY, METHOD, SweepConfig, described
 
 RESULTS = "results.jsonl"

@@ -26,7 +26,8 @@ from fastmerge.engine.plan import make_plan
 from fastmerge.engine.report import MergeReport
 from fastmerge.engine.sources import StateDictSource
 from fastmerge.errors import ArgumentError, MergeError
-from fastmerge.merging import _fixed_parameters, merge_checkpoints, plan_checkpoints
+from fastmerge.merging import merge_checkpoints, plan_checkpoints
+from fastmerge.merging_in_memory import fixed_parameters
 from tests.engine.fake_device import FakeDevice, HazardError
 from tests.engine.small_family import (
     Tensors,
@@ -173,7 +174,7 @@ def in_memory(case: str, base: Tensors, tuned: list[Tensors], budget: int | None
         chosen,
         StateDictSource("base", base) if knows_base(chosen.name) else None,
         [StateDictSource(f"models[{index}]", one) for index, one in enumerate(tuned)],
-        _fixed_parameters(chosen, parameters_for(case) | weighed(chosen.name, WEIGHTS), len(tuned)),
+        fixed_parameters(chosen, parameters_for(case) | weighed(chosen.name, WEIGHTS), len(tuned)),
         budget=1 << 62,
         device="cpu" if budget is None else "fake",
         gpu_budget=budget,

@@ -17,7 +17,7 @@ from fastmerge.engine.plan import Plan, make_plan
 from fastmerge.engine.shared import Shared
 from fastmerge.engine.sources import StateDictSource
 from fastmerge.errors import ArgumentError, ArgumentTypeError, MergeError
-from fastmerge.merging import _fixed_parameters
+from fastmerge.merging_in_memory import fixed_parameters
 from tests.engine.small_family import Tensors, family, knows_base, taken
 from tests.engine.test_same_bits import follows_peer
 from tests.numeric import assert_bitwise_equal
@@ -155,7 +155,7 @@ def test_other_inputs_share_nothing() -> None:
 
     def planned(numbers: list[int]) -> Plan:
         found = [sources[number] for number in numbers]
-        parameters = _fixed_parameters(ties, {"weight": 1.0, "density": 0.4}, len(found))
+        parameters = fixed_parameters(ties, {"weight": 1.0, "density": 0.4}, len(found))
         return make_plan(ties, based, found, parameters, budget=1 << 62)
 
     plans = [planned(numbers) for numbers in chosen]

@@ -14,7 +14,8 @@ from fastmerge import backends, methods
 from fastmerge.engine.executor import DictSink, execute
 from fastmerge.engine.plan import make_plan
 from fastmerge.engine.sources import StateDictSource
-from fastmerge.merging import _fixed_parameters, merge_checkpoints
+from fastmerge.merging import merge_checkpoints
+from fastmerge.merging_in_memory import fixed_parameters
 from fastmerge.methods.base import MethodInFloat32, MethodWithoutPeer
 from fastmerge.methods.statistics import KeyHistogram
 from tests.engine.small_family import Tensors, config_for, family, knows_base, load, save_family, taken, weighed
@@ -93,7 +94,7 @@ def in_chunks(
         chosen,
         StateDictSource("base", base) if knows_base(chosen.name) else None,
         [StateDictSource(f"models[{index}]", one) for index, one in enumerate(tuned)],
-        _fixed_parameters(chosen, parameters_for(method) | weighed(chosen.name, WEIGHTS), len(tuned)),
+        fixed_parameters(chosen, parameters_for(method) | weighed(chosen.name, WEIGHTS), len(tuned)),
         budget=1 << 62,
         numerics=numerics,
         seed=5,
