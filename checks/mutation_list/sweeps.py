@@ -5,6 +5,7 @@ from __future__ import annotations
 from checks.mutation_list.mutation import in_file
 
 MANY = ("tests/engine/test_merge_many.py",)
+LOADING = ("tests/engine/test_loading.py",)
 SWEEP = ("tests/sweep/test_sweep.py",)
 
 MUTATIONS = [
@@ -77,6 +78,14 @@ MUTATIONS = [
             "or (one.source.ref, one.info.name, piece.dtype) in self._clean",
             "or False",
         ),
+    ),
+    *in_file(
+        "fastmerge/engine/loading.py",
+        LOADING,
+        ("parts follow each other", "view[where + start : where", "view[where : where"),
+        ("tensors follow each other", "        offset += aligned(info.nbytes)\n", "        offset += info.nbytes\n"),
+        ("what a read says is heard", "                read.result()\n", "                pass\n"),
+        ("ties are as the checkpoint says", "        return self._tied\n", "        return None\n"),
     ),
     *in_file(
         "fastmerge/engine/sinks.py",
