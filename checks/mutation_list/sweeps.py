@@ -96,16 +96,7 @@ MUTATIONS = [
         "fastmerge/merging.py",
         MANY,
         ("memory is used again where that is asked for", "        if self._reuse:\n", "        if True:\n"),
-        (
-            "lambda and lambda_ are one",
-            "known[name].python_name if name in known else name: value for",
-            "name: value for",
-        ),
-        (
-            "a candidate goes before what all share",
-            "_python_names(chosen, parameters) | _python_names(chosen, one)",
-            "_python_names(chosen, one) | _python_names(chosen, parameters)",
-        ),
+        ("a candidate goes before what all share", "{**parameters, **one}.items()", "{**one, **parameters}.items()"),
     ),
     *in_file(
         "fastmerge/sweep/config.py",
