@@ -143,8 +143,8 @@ def merge_many(
         def planned(gpu_budget: int | None) -> Plan:
             try:
                 chosen = methods.get(one.get("method", method))
-                merged = _python_names(chosen, parameters) | _python_names(chosen, one)
-                merged.pop("method", None)
+                # Of lambda and lambda_ the one that comes last holds, which is the candidate's.
+                merged = {name: value for name, value in {**parameters, **one}.items() if name != "method"}
                 return merges.plan(
                     chosen, based, sources, merged, gpu_budget,
                     dtype=dtype, numerics=numerics, seed=seed, exclude=exclude,
@@ -181,12 +181,6 @@ def _candidates(candidates: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
     if not found:
         raise ArgumentError("candidates is empty; list the parameters of at least one merge.")
     return found
-
-
-def _python_names(method: methods.Method, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters under the names that Python has for them, so that `lambda` and `lambda_` are one."""
-    known = methods.parameters(method.name)
-    return {known[name].python_name if name in known else name: value for name, value in given.items()}
 
 
 def _in_memory(base: Any, models: Any) -> tuple[StateDictSource | None, list[StateDictSource]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from checks.mutation_list.mutation import in_file
 
 MANY = ("tests/engine/test_merge_many.py",)
+LOADING = ("tests/engine/test_loading.py",)
 SWEEP = ("tests/sweep/test_sweep.py",)
 
 MUTATIONS = [
@@ -79,6 +80,14 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "fastmerge/engine/loading.py",
+        LOADING,
+        ("parts follow each other", "view[where + start : where", "view[where : where"),
+        ("tensors follow each other", "        offset += aligned(info.nbytes)\n", "        offset += info.nbytes\n"),
+        ("what a read says is heard", "                read.result()\n", "                pass\n"),
+        ("ties are as the checkpoint says", "        return self._tied\n", "        return None\n"),
+    ),
+    *in_file(
         "fastmerge/engine/sinks.py",
         MANY,
         ("memory is used again", "old = None if again is None else again.get(job.name)", "old = None"),
@@ -87,16 +96,7 @@ MUTATIONS = [
         "fastmerge/merging_in_memory.py",
         MANY,
         ("memory is used again where that is asked for", "        if self._reuse:\n", "        if True:\n"),
-        (
-            "lambda and lambda_ are one",
-            "known[name].python_name if name in known else name: value for",
-            "name: value for",
-        ),
-        (
-            "a candidate goes before what all share",
-            "_python_names(chosen, parameters) | _python_names(chosen, one)",
-            "_python_names(chosen, one) | _python_names(chosen, parameters)",
-        ),
+        ("a candidate goes before what all share", "{**parameters, **one}.items()", "{**one, **parameters}.items()"),
     ),
     *in_file(
         "fastmerge/sweep/config.py",

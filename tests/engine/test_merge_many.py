@@ -121,6 +121,11 @@ def test_methods_side_by_side() -> None:
     common: dict[str, Any] = {"base": BASE, "seed": 3, "exclude": "norm"}
     for candidate, merged in fastmerge.merge_many(TUNED[:1], candidates, weight=0.7, **common):
         assert_same(merged, fastmerge.merge(TUNED[:1], **common, **{"weight": 0.7} | candidate))
+    ties = [one for one in candidates if one["method"] == "ties"]
+    for candidate, merged in fastmerge.merge_many(TUNED[:1], ties, weight=0.7, lambda_=0.2, **common):
+        expected = {"weight": 0.7, "lambda_": candidate.get("lambda", 0.2), **candidate}
+        expected.pop("lambda", None)
+        assert_same(merged, fastmerge.merge(TUNED[:1], **common, **expected))
 
 
 @pytest.mark.parametrize(

@@ -215,11 +215,13 @@ def test_a_merge_that_fails_is_a_failed_candidate(place: Path) -> None:
 
 def test_the_final_score_is_of_the_best_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = written(SWEEP + "  final: sweep_judge:test\n")
+    judge().behave.extend([-5.0, -4.0, -1.0, -4.0, -1.0, -9.0])
     report = Sweep(config).run(place / "out")
     seen = judge().seen
-    assert len(seen) == 7 and report["final"] == 2 * report["score"]
-    for name, tensor in seen[report["best"]].items():
+    assert len(seen) == 7 and report["best"] == 2  # of equals the first
+    for name, tensor in seen[2].items():
         assert_bitwise_equal(seen[6][name], tensor)
+    assert report["final"] == -2 * float(sum((x.double() ** 2).sum() for x in seen[2].values()))
     assert Sweep(config).run(place / "out")["final"] == report["final"] and len(seen) == 7
     assert capsys.readouterr().out == "noise\n"
 
