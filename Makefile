@@ -17,7 +17,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-8s %s\n", $$1, $$2 }'
 
-demo: $(VENV)/.demo $(VENV)/.kernels  ## make a family of small models, merge it in eight ways, search two more, score all
+demo: $(VENV)/.demo $(VENV)/.kernels  ## make a family of small models, merge it in eight ways, search three more, score all
 	@$(BIN)/python -m demo
 
 plot: $(VENV)/.demo $(VENV)/.kernels  ## PCB-Merging's score over density and lambda, on the demo's models, as a picture

@@ -6,8 +6,8 @@
 The members are the family's base and its fine-tunes (bench/make_family.py makes them, and --delete removes them
 afterwards). Every second trial is accepted, so that chains of recipes grow as fast as they would in a search that goes
 well. The evaluator makes a checksum of every eighth tensor. Each way of holding the members runs in a process of its
-own: files by recipe, whose chains are cut; models that are lent by recipe, whose chains are not; files by their
-tensors. All must come to the same bits. By recipe the peak may be the inputs, one model and 500 MB.
+own: models from files, which are kept in the memory that they were read into, and models that are lent, by recipe. Both
+must come to the same bits, and their peak may be the inputs, one model and 500 MB.
 
 Seconds of a trial: `regenerate` makes members again from recipes, `trial` mixes them into the live model, `evaluate` is
 the evaluator, and `between` is all from one evaluation to the next trial, in which a rejected trial is dropped. A copy
@@ -31,11 +31,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 BAR = 500_000_000
-WAYS = {
-    "recipes": "files, by recipe",
-    "lent": "lent models, by recipe",
-    "tensors": "files, by their tensors",
-}
+WAYS = {"files": "models from files", "lent": "models in memory, by recipe"}
 
 
 class Clock:
@@ -104,7 +100,7 @@ def child(options: argparse.Namespace) -> None:
     model = sum(file.stat().st_size for file in folders[0].glob("*.safetensors"))
     report = evolve(
         models, clock.score, strategy=options.strategy, generations=options.generations,
-        members="tensors" if options.way == "tensors" else "recipes",
+        members="recipes",
     )  # fmt: skip
     figures = {
         "digest": report.digest, "model": model, "members": len(models),
@@ -121,7 +117,7 @@ def table(way: str, figures: dict[str, Any], peak: int) -> bool:
     print(
         f"{WAYS[way]}: peak {peak / 1e9:.2f} GB = {count} inputs of {model / 1e9:.2f} GB + one model "
         f"{'+' if over >= 0 else '-'} {abs(over) / 1e6:.0f} MB"
-        + (f" (bar {BAR / 1e6:.0f} MB{', MISSED' if over > BAR else ''})" if way != "tensors" else "")
+        f" (bar {BAR / 1e6:.0f} MB{', MISSED' if over > BAR else ''})"
     )
     rows = figures["rows"]
     copy = statistics.median(row["write"] for row in rows[:count])
@@ -136,7 +132,7 @@ def table(way: str, figures: dict[str, Any], peak: int) -> bool:
             f"regenerate {split['regenerate']:.3f}, trial {split['trial']:.3f}; "
             f"evaluate {mean['evaluate']:.3f}, between {mean['between'] * 1000:.1f} ms"
         )
-    return way == "tensors" or over <= BAR
+    return over <= BAR
 
 
 def main() -> int:

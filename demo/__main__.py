@@ -61,18 +61,21 @@ def main() -> int:
     with ThreadPoolExecutor(cores) as pool:
         # The longest comes first.
         evolved = pool.submit(searches.evolver, HERE / "models", splits, score)
+        evolved_merged = pool.submit(searches.evolver, HERE / "models", splits, score, merger="linear")
         searched = pool.submit(searches.pcb, HERE / "models", splits, score, **PCB)
         routed = pool.submit(score_free)
         scored = {name: pool.submit(score_model, HERE / "models" / name) for name in (verdict.BASE, *text.DOMAINS)}
         also = {name: pool.submit(score_model, merged / name) for name in MERGES}
         models = {name: future.result() for name, future in scored.items()}
         merges = {name: future.result() for name, future in also.items()}
-        of_evolver, evolver = evolved.result()
-        of_pcb, pcb = searched.result()
+        found = {
+            "pcb, lambda searched": searched.result(),
+            "evolver, searched": evolved.result(),
+            "evolver + linear, searched": evolved_merged.result(),
+        }
         compared = {
             **merges,
-            "pcb, lambda searched": of_pcb,
-            "evolver, searched": of_evolver,
+            **{name: scores for name, (scores, _) in found.items()},
             "free (fr + experts)": routed.result(),
         }
 
@@ -80,7 +83,7 @@ def main() -> int:
     grid = Table(
         *header[:1],
         title="Bits per byte of test text, and the change from the base (lower is better)",
-        caption="searched: chosen by scores on development text, which has no paragraph of the test text",
+        caption="searched: chosen by scores on development text, which is none of this",
     )
     for column in header[1:]:
         grid.add_column(column, justify="right")
@@ -88,8 +91,8 @@ def main() -> int:
         grid.add_row(*row, end_section=number == len(models))
     # Wide enough for every column where the output is no terminal.
     Console(width=None if sys.stdout.isatty() else 100).print(grid)
-    print(f"pcb, lambda searched: lambda {pcb.parameters['lambda_']:g}, {searches.told(pcb)}")
-    print(f"evolver, searched: {searches.told(evolver)}")
+    for name, (_, report) in found.items():
+        print(f"{name}: {searches.told(report)}")
 
     failures = verdict.failures(models, compared)
     for sentence in failures:

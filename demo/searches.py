@@ -98,9 +98,10 @@ def pcb(
 
 
 def told(report: evolve.EvolveReport | evolve.SearchReport) -> str:
-    """How the best development score went."""
+    """How the best development score went, and what was found if it is a number."""
+    which = f", lambda {report.parameters['lambda_']:g}" if isinstance(report, evolve.SearchReport) else ""
     first, last = (-score if score is not None else math.nan for score in (report.scores[0], report.scores[-1]))
-    return f"{report.evaluations} evaluations on development text, the best from {first:.3f} to {last:.3f} bits"
+    return f"{report.evaluations} evaluations on development text, the best from {first:.3f} to {last:.3f} bits{which}"
 
 
 class Line:

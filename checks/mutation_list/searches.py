@@ -18,9 +18,13 @@ MUTATIONS = [
         ("integers are the member's own", "source = leaves[node] if", "source = self._held[0] if"),
         ("models in memory are not changed", "if not self._own[member]:", "if False:"),
         ("a value is kept while it is needed", "if last[parent] == node and", "if True and"),
-        ("long chains are cut", "if len(order) > LONGEST and", "if False and"),
+        ("models of files are kept", "self.kept = kept or members.owned", "self.kept = kept"),
+        (
+            "one trial is mixed in its place",
+            "if len(order) == 1:\n            # The usual",
+            "if order:\n            # The usual",
+        ),
         ("half of what is free is left", "members.nbytes <= free // 2", "members.nbytes <= free"),
-        ("models that are lent are not", "LONGEST and self._members.owned:", "LONGEST:"),
     ),
     *in_file(
         f"{FOLDER}recipes.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ MOST_MEMBERS = 1 << 12
 """As many as the ids of random streams have numbers for."""
 
 HOLDINGS = ("auto", "recipes", "tensors")
+
+_log = logging.getLogger("fastmerge")
 
 
 @dataclass
@@ -111,7 +114,8 @@ def evolve(
         final_score: taken once, at the end, of the chosen model, on examples that `score` has not seen.
         state: a directory for `history.jsonl`. A run that finds its own there goes on where it ended, to the same bits.
         members: "recipes" holds members as the numbers that they are made again from: the memory of the inputs and one
-            model. "tensors" keeps their values, which saves computing. "auto": tensors where memory allows.
+            model. "tensors" keeps their values, which saves computing. "auto": tensors where memory allows. Models
+            read from files are always kept, in the memory that they were read into.
         exclude: regular expressions; tensors whose name one of them finds do not evolve.
         backend: of the ops: "auto", "cuda", "triton", "cpu" or "reference".
         progress: told after each generation.
@@ -219,7 +223,10 @@ class _Run:
                 self._generation(step)
         except BaseException:
             if isinstance(self.live.subject, torch.nn.Module) and math.isfinite(max(self.scores)):
-                self._show_best()
+                if self.population.whole:
+                    self._show_best()
+                else:
+                    _log.warning("The module holds the last trial, not the best member, which was being computed.")
             raise
         if not math.isfinite(max(self.scores)):
             raise EvaluationError(

@@ -3,8 +3,9 @@
 By recipe, a member costs a few numbers, and its values are computed anew whenever they are needed, piece by piece.
 Materialised, each member's values are kept as well, which saves that. Both ways give the same bits.
 
-A chain of recipes grows with each trial that is accepted. Where the input models' memory is the run's own, all members
-are computed into it as soon as one would take more than LONGEST recipes; models that are lent stay as they are.
+A chain of recipes grows with each trial that is accepted, and so does the time that a trial takes. So where the input
+models' memory is the run's own, members are always kept, in that memory, which costs none; models that are lent stay as
+they are, and what is kept of them is a copy.
 """
 
 from __future__ import annotations
@@ -22,28 +23,27 @@ from fastmerge.evolve.recipes import Recipe, needed
 PIECE = 1 << 20
 """Elements of one tensor that go through a chain of recipes at a time."""
 
-LONGEST = 8
-"""Recipes from which a trial is made, at most, where the input models may be overwritten."""
-
 
 class Population:
     """Members, and what they consist of. Input models in memory that is not the run's own are never changed.
 
-    slots: the node that each member is at.
+    slots: the node that each member is at. whole: whether the values that are held are members'; not where a run was
+    interrupted while they were overwritten.
     """
 
     def __init__(self, members: Members, *, seed: int, kept: bool, backend: str) -> None:
-        """kept: materialised. Read-only input models get memory of their own when a member first changes."""
+        """kept: materialised, also where the input models are lent: a member gets memory when it first changes."""
         self._members = members
         self._seed = seed
         self._backend = backend
         self._first = len(members.tensors)
         self.slots = list(range(self._first))
         self.recipes: list[Recipe] = []
-        self.kept = kept
+        self.kept = kept or members.owned
         self._held = [dict(tensors) for tensors in members.tensors]
         self._at = list(self.slots)
         self._own = [members.owned] * self._first
+        self.whole = True
 
     def accept(self, recipe: Recipe) -> None:
         """Put a trial in its member's place."""
@@ -58,9 +58,6 @@ class Population:
         recipes = self.recipes if isinstance(target, int) else [*self.recipes, target]
         node = self.slots[member] if isinstance(target, int) else self._first + len(self.recipes)
         order = needed(recipes, self._first, [node], frozenset(self._at))
-        if len(order) > LONGEST and self._members.owned:
-            self._advance()
-            order = needed(recipes, self._first, [node], frozenset(self._at))
         leaves = dict(zip(self._at, self._held, strict=True))
         evolved = frozenset(self._members.evolved)
         done: frozenset[str] = frozenset()
@@ -164,6 +161,19 @@ class Population:
                     name: torch.empty_like(self._held[member][name]) for name in self._members.evolved
                 }
                 self._own[member] = True
+        self.whole = False
+        self._fill(order, stale, leaves)
+        for member in stale:
+            self._at[member] = self.slots[member]
+        self.whole = True
+
+    def _fill(self, order: Sequence[int], stale: Sequence[int], leaves: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Compute the nodes of stale members into the memory that holds the old ones, some of which are leaves."""
+        targets = [self.slots[member] for member in stale]
+        if len(order) == 1:
+            # The usual case, one accepted trial: mixed in its place, since an element needs no other place of x.
+            self._whole(self.recipes[order[0] - self._first], leaves, self._evolved(stale[0]))
+            return
         for name in self._members.evolved:
             values = {node: tensors[name].view(-1) for node, tensors in leaves.items()}
             new = [self._held[member][name].view(-1) for member in stale]
@@ -174,8 +184,9 @@ class Population:
                 # Only now: what is overwritten is an input of the chain.
                 for node, tensor in zip(targets, new, strict=True):
                     tensor[start:stop] = made[node]
-        for member in stale:
-            self._at[member] = self.slots[member]
+
+    def _evolved(self, member: int) -> dict[str, Tensor]:
+        return {name: self._held[member][name] for name in self._members.evolved}
 
 
 def _direct(out: Tensor, like: Tensor) -> bool:
