@@ -95,6 +95,9 @@ void function(int32_t which, const float* x, int64_t count, float* out);
 // The random words of elements first .. first + count - 1 of a stream.
 void random_words(Stream stream, uint64_t first, int64_t count, uint32_t* out);
 
+// The same, and nothing keeps them: what making them takes, for benchmarks.
+void discarded_words(Stream stream, uint64_t first, int64_t count);
+
 int64_t tie_blocks(int64_t numel);
 
 }  // namespace cpu

@@ -514,5 +514,16 @@ void random_words(Stream stream, uint64_t first, int64_t count, uint32_t* out) {
     });
 }
 
+void discarded_words(Stream stream, uint64_t first, int64_t count) {
+    constexpr int64_t kPiece = 8192;
+    parallel((count + kTieBlock - 1) / kTieBlock, [&](int64_t block, int) {
+        uint32_t buffer[kPiece];
+        int64_t end = std::min(kTieBlock * (block + 1), count);
+        for (int64_t at = kTieBlock * block; at < end; at += kPiece) {
+            kernels().words(stream, first + static_cast<uint64_t>(at), std::min(kPiece, end - at), buffer);
+        }
+    });
+}
+
 }  // namespace cpu
 }  // namespace fastmerge

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastmerge import ops
+from fastmerge import backends, ops
 from fastmerge.errors import ArgumentError, ArgumentTypeError, FastmergeError
 from tests import strategies
 from tests.numeric import assert_bitwise_equal, bits, poison_
-from tests.ops.running import configurations, each_backend, only
+from tests.ops.running import FAST, configurations, each_backend, only
+
+on_cpus = pytest.mark.parametrize("backend", [name for name in FAST if name == "cpu"])
 
 factors = st.sampled_from((0.5, 0.1, 1.0, -0.0, -1.7, 3e38, 1e300))
 rates = strategies.densities
@@ -39,15 +41,17 @@ def keys(draw: st.DrawFn, chunk: bool = True) -> dict[str, Any]:
 
 
 @st.composite
-def calls(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[Callable[..., Any], list[Tensor], tuple[Any, ...], Any]:
+def calls(
+    draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> tuple[Callable[..., Any], list[Tensor], tuple[Any, ...], Any]:
     """An op, tensors, some of them the same, its numbers, and where its further differences are taken from."""
     blend = draw(st.booleans())
     differences = 0 if blend else draw(st.integers(1, 3))
     roles = 2 if blend else 2 + 2 * differences
-    made = [draw(strategies.tensors(shape=shape))]
+    made = [draw(strategies.tensors(shape=shape, dtype=dtype))]
     for _ in range(roles - 1):
         again = draw(st.integers(0, 3)) == 0
-        made.append(draw(st.sampled_from(made)) if again else draw(strategies.tensors(shape=shape)))
+        made.append(draw(st.sampled_from(made)) if again else draw(strategies.tensors(shape=shape, dtype=dtype)))
     numbers = draw(factors), draw(rates)
     if blend:
         return ops.blend_trial, made, numbers, {}
@@ -90,6 +94,45 @@ def test_in_place(backend: str, data: st.DataObject) -> None:
         written = tried(call, **key, out=tensors[place], backend=backend)
     assert written is tensors[place]
     assert_bitwise_equal(written, expected)
+
+
+@on_cpus
+@settings(max_examples=60)
+@given(data=st.data())
+def test_tensors_of_bfloat16_alone(backend: str, data: st.DataObject) -> None:
+    """They take a way of their own where words come in whole blocks: at all offsets that four divides."""
+    data.draw(configurations(backend))
+    call = _, tensors, *_ = data.draw(calls((data.draw(st.integers(128, 700)),), torch.bfloat16))
+    key = data.draw(keys())
+    key["offset"] -= key["offset"] % 4
+    expected = tried(call, **key, backend="reference")
+    with only(backend, "trials"):
+        assert_bitwise_equal(tried(call, **key, backend=backend), expected)
+        tensors[0] = tensors[0].contiguous()
+        assert_bitwise_equal(tried(call, **key, out=tensors[0], backend=backend), expected)
+
+
+@on_cpus
+def test_results_that_no_cache_keeps(backend: str) -> None:
+    """From 8 MB on they are written past the caches, if they begin at a line; there may be a NaN anywhere."""
+    numel, half = (1 << 22) + 300, 1 << 21
+    memory = torch.randn(numel + 35, generator=torch.Generator().manual_seed(0)).bfloat16()
+    memory[5000] = memory[numel - 200] = math.nan
+    x, a, b = memory[:numel], memory[1 : numel + 1], memory[2 : numel + 2]
+
+    def call(part: slice, **options: Any) -> Tensor:
+        options |= {"offset": part.start, "forced": half + 1, "seed": 3, "backend": backend}
+        return ops.de_trial(x[part], a[part], b[part], a[part], 0.3, 0.5, **options)
+
+    module = backends.resolve(backend)
+    for isa in module.isas():
+        module.set_isa(isa)
+        expected = torch.cat([call(slice(0, half)), call(slice(half, numel))])
+        for start in (0, 1):
+            out = poison_(torch.empty(numel + 1, dtype=torch.bfloat16))[start : start + numel]
+            assert_bitwise_equal(call(slice(0, numel), out=out), expected)
+    x = x.clone()
+    assert_bitwise_equal(call(slice(0, numel), out=x), expected)
 
 
 @each_backend
@@ -164,8 +207,6 @@ def test_what_does_not_cross_over_is_not_touched(backend: str) -> None:
 
 
 def test_a_tensor_that_comes_again_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmerge import backends
-
     given: list[Any] = []
     module = backends.resolve("reference")
     original = module.trials

@@ -174,10 +174,16 @@ void nonfinite(Array x, int64_t begin, int64_t count, int64_t* nan_and_inf) {
 
 void words(Stream stream, uint64_t first, int64_t count, uint32_t* out) {
     uint32_t buffer[kTile + kWordSlack];
+    Words words(stream, first);
     for (int64_t done = 0; done < count; done += kTile) {
         int tile = static_cast<int>(smaller(kTile, count - done));
-        const uint32_t* word = word_tile(stream, first + static_cast<uint64_t>(done), tile, buffer);
-        for (int t = 0; t < tile; ++t) out[done + t] = word[t];
+        uint64_t at = first + static_cast<uint64_t>(done);
+        if (at % 4 == 0 && tile == kTile) {
+            words.tile(at, tile, out + done);  // blocks and vectors end where the tile does
+        } else {
+            const uint32_t* word = words.tile(at, tile, buffer);
+            for (int t = 0; t < tile; ++t) out[done + t] = word[t];
+        }
     }
 }
 
