@@ -15,22 +15,24 @@ from demo.score import bits_per_byte
 from demo.verdict import BASE, mean
 from fastmerge import evolve
 
-DEVELOPMENT = 8_000
+DEVELOPMENT = 4_000
 """Bytes of each domain's development text that a trial is scored on."""
-PIECE = 1000
+PIECE = 500
 """They come in pieces of so many, from all over it: a few documents say little of the others."""
-GENERATIONS = 4
+GENERATIONS = 3
 LAMBDAS = (0.1, 1.3)
-EVALUATIONS = 9
+EVALUATIONS = 7
 SEED = 0
 
 Scores = dict[str, float]
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
-def development(splits: Mapping[str, text.Split], size: int = DEVELOPMENT) -> Callable[[torch.nn.Module], float]:
+def development(
+    splits: Mapping[str, text.Split], size: int = DEVELOPMENT, piece: int = PIECE
+) -> Callable[[torch.nn.Module], float]:
     """The development score of a model: the mean over the domains of its bits per byte, negative: higher is better."""
-    samples = {domain: text.sample(split.development, size, piece=PIECE) for domain, split in splits.items()}
+    samples = {domain: text.sample(split.development, size, piece=piece) for domain, split in splits.items()}
 
     def score(model: torch.nn.Module) -> float:
         return -mean({domain: bits_per_byte(_logits(model), sample) for domain, sample in samples.items()})
@@ -59,12 +61,14 @@ def evolver(
     generations: int = GENERATIONS,
     seed: int = SEED,
     merger: str | None = None,
+    size: int = DEVELOPMENT,
+    piece: int = PIECE,
 ) -> tuple[Scores, evolve.EvolveReport]:
     """Evolver on the fine-tunes; the scores of the best member, or of what all merge to, and what the search says."""
     final = Final(score)
     report = evolve.evolve(
         [models / domain for domain in text.DOMAINS],
-        development(splits),
+        development(splits, size, piece),
         strategy="evolver",
         generations=generations,
         seed=seed,

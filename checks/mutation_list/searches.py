@@ -7,7 +7,13 @@ from checks.mutation_list.mutation import in_file
 EVOLVE = ("tests/evolve/test_evolve.py",)
 SCHEDULES = ("tests/evolve/test_schedules.py",)
 SEARCH = ("tests/evolve/test_search.py",)
-COMMAND = ("tests/evolve/test_command.py",)
+COMMAND = tuple(
+    f"tests/evolve/test_command.py::test_a_{name}"
+    for name in (
+        "directory_is_one_runs_alone_and_done_with_when_its_model_is_there",
+        "module_of_another_dtype_does_not_show_in_the_files",
+    )
+)
 FOLDER = "fastmerge/evolve/"
 
 MUTATIONS = [

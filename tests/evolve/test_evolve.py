@@ -540,12 +540,13 @@ def test_killed_by_the_system_at_any_point_a_run_goes_on_to_the_same_bits(tmp_pa
     enough = random.Random(20).randrange(1000, len(expected) // 3)
     torn = tmp_path / "killed" / "history.jsonl"
     with subprocess.Popen([sys.executable, "-c", SLOW, str(torn.parent)], env=process_environment()) as process:
-        while process.poll() is None and not (torn.exists() and torn.stat().st_size >= enough):
-            time.sleep(0.001)
-        if torn.exists() and process.poll() is None:
+        try:
+            while process.poll() is None and not (torn.exists() and torn.stat().st_size >= enough):
+                time.sleep(0.001)
             with pytest.raises(ArgumentError, match="Another run is at work in .*killed: wait until it has ended"):
                 evolve(family(), never, state=torn.parent, **options)
-        process.kill()
+        finally:
+            process.kill()
     assert process.returncode == -signal.SIGKILL and enough <= torn.stat().st_size < len(expected)
     assert expected.startswith(torn.read_bytes())
     report = evolve(family(), SPHERE, state=torn.parent, **options)
