@@ -10,7 +10,7 @@ warm-up, with more written between two runs than the L2 holds; inputs are random
 pass; how many passes an op takes is in its row. Every result is held against the compiled CPU backend on the same
 inputs, bit for bit, at full size; a row whose check is red reports no speed. A bar that is missed is said, not failed.
 
-Parts are in gpu_ops.py, gpu_pcb.py, gpu_free.py and gpu_models.py; gpu_rows.py is how a row is made.
+Parts are in gpu_ops.py, gpu_geometry.py, gpu_pcb.py, gpu_free.py and gpu_models.py; gpu_rows.py is how a row is made.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from gpu_free import experts, highpass
+from gpu_geometry import geometry, importance
 from gpu_models import llama, whole
 from gpu_ops import consensus, hard, histogram, kth, many, masks, trials
 from gpu_pcb import pcb
@@ -39,6 +40,8 @@ PARTS = {
     "kth": kth,
     "many": many,
     "trials": trials,
+    "geometry": geometry,
+    "importance": importance,
     "pcb": pcb,
     "highpass": highpass,
     "experts": experts,
