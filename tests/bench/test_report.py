@@ -134,7 +134,6 @@ def test_reports_are_found_but_for_those_of_the_moment(tmp_path):
 
 
 def test_the_picture_is_drawn(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="no matplotlib; tables, which need none, are in the other tests")
     files: list[Path] = []
     for name, made in (("cuda", CUDA), ("triton", TRITON)):
         files.append(tmp_path / f"{name}.json")

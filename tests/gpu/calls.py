@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -70,10 +71,10 @@ def _tensor(draw: Draw) -> Tensor:
     return draw(strategies.tensors(shape=draw(strategies.shapes(support.HERE))))
 
 
-def _out(draw: Draw, shape: torch.Size) -> Tensor:
+def _out(draw: Draw, shape: Sequence[int]) -> Tensor:
     """Where a result goes, at any distance from a 16-byte boundary; it fails a test where it is not written."""
     shift = draw(st.integers(0, 7))
-    memory = torch.full((shift + shape.numel(),), float("nan"), dtype=draw(strategies.dtypes))
+    memory = torch.full((shift + prod(shape),), float("nan"), dtype=draw(strategies.dtypes))
     return memory[shift:].view(shape)
 
 

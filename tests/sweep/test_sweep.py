@@ -122,7 +122,7 @@ def test_a_sweep_that_ctrl_c_stopped_goes_on(place: Path) -> None:
         [d, x] for d, x in (("0.2", "1"), ("0.4", "0.5"), ("0.4", "1"), ("0.8", "0.5"), ("0.8", "1"))
     ]
     assert "resumed      3 of 6 were scored before" in lines
-    assert (place / "out/scores.png").read_bytes().startswith(b"\x89PNG") or "no picture" in again.stdout
+    assert (place / "out/scores.png").read_bytes().startswith(b"\x89PNG")
     records = [json.loads(line) for line in (place / "out/results.jsonl").read_text().splitlines()]
     assert [record["number"] for record in records[1:]] == [1, 2, 3, 4, 5, 6]
     assert not [path for path in (place / "out").iterdir() if path.name.startswith(".")]
@@ -340,7 +340,6 @@ def test_models_that_do_not_fit_are_refused(place: Path) -> None:
 def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     two = [{"density": d, "lambda": x} for d in (0.8, 0.2) for x in (0.5, 1.0)]
     assert picture.draw(two[:1], [1.0], tmp_path / "no.png") == "no picture: there are no two scores to compare."
-    pytest.importorskip("matplotlib")
     from matplotlib.axes import Axes
 
     drawn: list[tuple[list[Any], list[Any], Any]] = []
