@@ -20,7 +20,7 @@ from fastmerge.evolve.history import History
 from fastmerge.evolve.members import Model, digest_of, load
 from fastmerge.evolve.progress import GenerationReport
 from fastmerge.evolve.samplers import Sampler, make
-from fastmerge.merging import merge
+from fastmerge.merging_in_memory import fixed_parameters, merge
 
 Range = tuple[float, float]
 
@@ -191,24 +191,10 @@ def _parameters(axes: Sequence[_Axis], fixed: Mapping[str, Any], point: Sequence
 
 def _check_parameters(method: str, parameters: Mapping[str, Any], models: int) -> None:
     """ParameterError: the method would refuse these: asked at both ends, lest it does so in the middle of a search."""
-    known = methods.parameters(method)
-    by_python_name = {each.python_name: each for each in known.values()}
-    shared: dict[str, Any] = {}
-    each: list[dict[str, Any]] = [{} for _ in range(models)]
-    for name, value in parameters.items():
-        parameter = by_python_name.get(name) or known.get(name)
-        if parameter is None:
-            raise ArgumentError(methods.explain_unknown_parameter(name.removesuffix("_"), method))
-        if parameter.per_model and isinstance(value, list | tuple):
-            for mapping, one in zip(each, value, strict=False):
-                mapping[parameter.name] = one
-        elif parameter.per_model:
-            for mapping in each:
-                mapping[parameter.name] = value
-        else:
-            shared[parameter.name] = value
+    chosen = methods.get(method)
+    shared, each = fixed_parameters(chosen, parameters, models)("any")
     labels = [f"models[{index}]" for index in range(models)]
-    methods.bind(methods.get(method), shared, each, tensor="any", labels=labels)
+    methods.bind(chosen, shared, each, tensor="any", labels=labels)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
