@@ -158,7 +158,7 @@ def merge_many(
     plans = [planned(None) for planned in planners]
 
     def each() -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
-        series = merges.series(planners, plans, reuse)
+        series = Series(merges, planners, plans, reuse)
         for number, one in enumerate(given):
             tensors, outcome = series.merge(number)
             if outcome.nonfinite and on_nonfinite == "warn":
@@ -271,10 +271,6 @@ class Resident:
             shared=shared,
         )
         return sink.tensors, outcome
-
-    def series(self, planners: Sequence[Callable[[int | None], Plan]], plans: Sequence[Plan], reuse: bool) -> Series:
-        """Several merges, with what they have in common found once."""
-        return Series(self, planners, plans, reuse)
 
 
 class Series:

@@ -593,13 +593,6 @@ PYBIND11_MODULE(_cpu, m) {
         },
         release());
     m.def(
-        "random_words",
-        [](uint64_t seed, uint64_t tensor_id, uint32_t stream, uint64_t first, int64_t count, uintptr_t out) {
-            fastmerge::PhiloxStream s = fastmerge::philox_stream(seed, tensor_id, stream);
-            fastmerge::cpu::random_words({s.k0, s.k1, s.c2, s.c3}, first, count, reinterpret_cast<uint32_t*>(out));
-        },
-        release());
-    m.def(
         "discarded_words",
         [](uint64_t seed, uint64_t tensor_id, uint32_t stream, uint64_t first, int64_t count) {
             fastmerge::PhiloxStream s = fastmerge::philox_stream(seed, tensor_id, stream);

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastmerge.errors import ArgumentError, MergeError
@@ -207,6 +208,24 @@ class AtomicFile:
         self._done = True
         with _live_lock:
             _live.discard(self)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of ``path`` in the end, or disappears. If none is written, ``path`` stays.
+
+    It is beside ``path`` and has the same suffix. Raises MergeError: it cannot be written.
+    """
+    beside = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    try:
+        yield beside
+        if beside.exists():
+            os.replace(beside, path)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 def abort_all() -> None:

@@ -6,16 +6,14 @@ which models they are of; where one of those has changed, nothing in it is used.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastmerge.engine.atomic import disk_error
+from fastmerge.engine.atomic import replacing
 from fastmerge.engine.checkpoint import Checkpoint
 from fastmerge.engine.plan import Plan
 from fastmerge.errors import ArgumentError
@@ -110,16 +108,9 @@ class StatisticsFile:
             "inputs": self.inputs,
             "statistics": entries,
         }
-        beside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
-        try:
+        with replacing(self.path) as beside:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             beside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            os.replace(beside, self.path)
-        except OSError as error:
-            raise disk_error(error, self.path) from None
-        finally:
-            with contextlib.suppress(OSError):
-                beside.unlink()
 
 
 def _is_of(entry: Mapping[str, Any], statistic: Statistic) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastmerge.engine.atomic import replacing
 from fastmerge.engine.checkpoint import open_checkpoint
 from fastmerge.engine.manifest import build_manifest, merge_digest, package_version
 from fastmerge.engine.sources import SAFETENSORS_NAMES, TORCH_DTYPES
@@ -56,7 +57,8 @@ def run(
             final = None if config.final is None else objects.score(config.final, first)
             report = _search(config, score, final, objects.live_model(config.model, first), out, backend, progress)
         notes = []
-        undrawn = picture.draw(report.history, out / PICTURE)
+        with replacing(out / PICTURE) as beside:
+            undrawn = picture.draw(report.history, beside)
         if undrawn is not None:
             notes.append(undrawn)
         _write(config, report, out, shard_size, backend, name)

@@ -42,6 +42,12 @@ def function(spec: str) -> Callable[..., Any]:
     return result
 
 
+def check_model(spec: str | None) -> None:
+    """ConfigError: there is no such function to make a live model. Nothing is made."""
+    if spec not in (None, "transformers"):
+        function(spec)
+
+
 def live_model(spec: str | None, first: str) -> torch.nn.Module | None:
     """The module that takes the trials' values. first: the first checkpoint, of which it is made."""
     if spec is None:

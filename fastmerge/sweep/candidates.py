@@ -16,7 +16,7 @@ from fastmerge.engine.plan import Plan
 from fastmerge.engine.sources import Source
 from fastmerge.merging import plan_config, wanted_by
 from fastmerge.merging_arguments import PLENTY, check_common
-from fastmerge.merging_in_memory import Resident
+from fastmerge.merging_in_memory import Resident, Series
 
 
 class CandidateMerges:
@@ -78,6 +78,6 @@ class CandidateMerges:
                 sources[ref] = LoadedSource(opened)
         plans = self._plans(sources, numbers)
         where = Resident(list(sources.values()), None, self._backend, None, self._on_nonfinite)
-        series = where.series([lambda budget, plan=plan: plan for plan in plans], plans, reuse=True)  # type: ignore[misc]
+        series = Series(where, [lambda budget, plan=plan: plan for plan in plans], plans, reuse=True)  # type: ignore[misc]
         places = {number: place for place, number in enumerate(numbers)}
         return lambda number: series.merge(places[number])[0]

@@ -31,10 +31,9 @@ class SweepConfig:
     """A checked config.
 
     merge: the config without its `sweep:`, as plain values. candidates: of each what it sets; places: and where in the
-    file that stands. merges: each candidate as
-    a merge config, and contents: the same as plain values, ready to be written. score, final, model: as of
-    `fastmerge evolve`. seed: of random methods. write_best: whether the best model is written. name: how messages call
-    the config. lines: the line of everything in it. folder: where it lies.
+    file that stands. merges: each candidate as a merge config, and contents: the same as plain values, ready to be
+    written. score, final, model: as of `fastmerge evolve`. seed: of random methods. write_best: whether the best model
+    is written. name: how messages call the config. lines: the line of everything in it. folder: where it lies.
     """
 
     merge: dict[str, Any]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +11,11 @@ import torch
 import yaml
 
 from fastmerge import methods
+from fastmerge.engine.atomic import replacing
 from fastmerge.engine.config import place
 from fastmerge.errors import ArgumentError, ConfigError, EvaluationError, MergeError
 from fastmerge.evolve import live, objects
-from fastmerge.evolve.evaluator import both
+from fastmerge.evolve.evaluator import DevelopmentScore, FinalScore, both
 from fastmerge.evolve.history import History
 from fastmerge.evolve.population import free_memory
 from fastmerge.merging import merge_checkpoints
@@ -108,14 +106,20 @@ class Sweep:
             "numerics": self.numerics,
             "models": self.merges.identities,
         }
-        with objects.importable(config.folder), History(out, about, RESULTS) as history:
-            run = _Run(self, history, tell)
-            run.go()
-            report = run.report()
+        with objects.importable(config.folder):
+            # What cannot be imported is told before anything is made.
+            first = self.merges.refs[0]
+            final = None if config.final is None else objects.score(config.final, first)
+            scores = both(objects.score(config.score, first), final)
+            objects.check_model(config.model)
+            with History(out, about, RESULTS) as history:
+                run = _Run(self, history, *scores, tell)
+                run.go()
+                report = run.report()
         notes = [*self.merges.notes, *_drawn(config, report["scores"], out / PICTURE)]
         best = report["best"]
         text = yaml.safe_dump(config.contents[best], sort_keys=False, allow_unicode=True)
-        with _whole(out / BEST_CONFIG) as beside:
+        with replacing(out / BEST_CONFIG) as beside:
             beside.write_text(text, encoding="utf-8")
         if write_best:
             merged = merge_checkpoints(
@@ -129,12 +133,16 @@ class Sweep:
 class _Run:
     """One run: candidates that were scored are told from the results, the others merged and scored."""
 
-    def __init__(self, sweep: Sweep, history: History, tell: Callable[[Scored], None] | None) -> None:
-        config = sweep.config
-        self.sweep, self.config, self.history, self.tell = sweep, config, history, tell
-        first = sweep.merges.refs[0]
-        final = None if config.final is None else objects.score(config.final, first)
-        self.development, self.final = both(objects.score(config.score, first), final)
+    def __init__(
+        self,
+        sweep: Sweep,
+        history: History,
+        development: DevelopmentScore,
+        final: FinalScore | None,
+        tell: Callable[[Scored], None] | None,
+    ) -> None:
+        self.sweep, self.config, self.history, self.tell = sweep, sweep.config, history, tell
+        self.development, self.final = development, final
         self.merge: Callable[[int], Any] | None = None
         self.model: Any = None
         self.scores: list[float | None] = []
@@ -217,21 +225,9 @@ def _or_least(score: float | None) -> float:
 
 
 def _drawn(config: SweepConfig, scores: Sequence[float | None], path: Path) -> list[str]:
-    with _whole(path) as beside:
+    with replacing(path) as beside:
         reason = picture.draw(config.candidates, scores, beside)
     return [] if reason is None else [reason]
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` once it is written."""
-    beside = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-    try:
-        yield beside
-        if beside.exists():
-            os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _check_names(config: SweepConfig) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from fastmerge.engine import atomic, outfile
-from fastmerge.engine.atomic import AtomicDirectory, abort_all, check_target
+from fastmerge.engine.atomic import AtomicDirectory, abort_all, check_target, replacing
 from fastmerge.engine.writer import ITEM_SIZE, ModelWriter, OutputTensor, layout_shards, shard_header
 from fastmerge.errors import ArgumentError, MergeError
 
@@ -553,3 +553,25 @@ def test_an_atomic_directory_is_absent_until_it_is_whole(tmp_path: Path) -> None
     assert directory.path.parent == tmp_path and not (tmp_path / "out").exists()
     directory.commit()
     assert left_in(tmp_path) == ["out"] and left_in(tmp_path / "out") == ["file"]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "scores.png"
+    with replacing(target) as beside:
+        assert beside.suffix == ".png"
+        beside.write_text("old")
+    with replacing(target):
+        pass
+    with (
+        pytest.raises(MergeError, match=r"Writing .*scores\.png failed: the disk is full"),
+        replacing(target) as beside,
+    ):
+        beside.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(KeyboardInterrupt), replacing(target) as beside:
+        beside.write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.png"] and target.read_text() == "old"
+    with replacing(target) as beside:
+        beside.write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.png"] and target.read_text() == "new"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -189,6 +190,19 @@ def test_what_a_config_refuses(tmp_path: Path, text: str, sentence: str) -> None
     with pytest.raises(ConfigError) as raised:
         configs.load(path)
     assert sentence in str(raised.value)
+
+
+def test_a_picture_on_a_full_disk_is_one_sentence_and_not_half_there(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(records: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fastmerge.evolve.picture.draw", full)
+    assert cli.run(["evolve", "evolve.yml", "out"]) == 1
+    assert "fastmerge: Writing out/scores.png failed: the disk is full" in capsys.readouterr().err
+    assert [path.name for path in (here / "out").iterdir()] == ["history.jsonl"]
 
 
 def test_names_that_lead_nowhere_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

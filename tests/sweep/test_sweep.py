@@ -331,6 +331,21 @@ def test_what_headers_tell_is_refused_before_anything_is_read(place: Path, sweep
     assert not (place / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        ("score: sweep_jugde:development", "the module sweep_jugde cannot be imported"),
+        ("score: sweep_judge:developmnt", "the module sweep_judge has no function developmnt"),
+        ("score: sweep_judge:development\n  final: sweep_judge:tset", "has no function tset"),
+        ("score: sweep_judge:development\n  model: sweep_judge:nett", "has no function nett"),
+    ],
+)
+def test_names_that_lead_nowhere_are_refused_before_anything_is_made(place: Path, names: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        Sweep(written(f"sweep:\n  {names}\n  grid: {{density: [0.3]}}\n")).run(place / "out")
+    assert not (place / "out").exists()
+
+
 def test_models_that_do_not_fit_are_refused(place: Path) -> None:
     save_model(place / "code", {name: torch.zeros(3, 3).bfloat16() for name in SHAPES})
     with pytest.raises(CheckpointError, match="is 64 x 40 in base but 3 x 3 in code"):
